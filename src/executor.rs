@@ -1,8 +1,8 @@
-//! The executor: takes state dicts and returns futures of durable checkpoints.
+//! The executor: it takes state dicts and returns futures of durable checkpoints.
 //!
-//! The threads are the stager, the pool of writers, the committer, one that tidies up, one that touches
-//! attempts, and the call thread, which calls functions of the program. Channels carry work downstream;
-//! leases and completions of futures return. The thread that calls `save` does not touch storage.
+//! The threads are the stager, the pool of writers, the committer, the tidying thread, the touch thread,
+//! which touches attempts, and the call thread, which calls functions of the program. Channels carry work
+//! downstream; leases and completions of futures return. The thread that calls `save` does not touch storage.
 
 mod admission;
 mod again;
@@ -56,7 +56,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-/// Saves state dicts under a root directory while the program goes on computing.
+/// Saves state dicts under a root directory while the program continues to compute.
 ///
 /// ```
 /// use ashore::{CheckpointExecutor, StateDict};
@@ -87,9 +87,9 @@ use std::time::Duration;
 /// # Ok::<(), ashore::Error>(())
 /// ```
 ///
-/// Dropping it waits for saves in flight, for `shutdown_timeout` at most; errors are then only logged. If a
-/// function given to [`Save::on_done`], or a waker, drops the last owner, a separate thread waits instead,
-/// and `main` does not wait for that thread.
+/// Dropping the executor waits for saves in flight, for `shutdown_timeout` at most. Errors are then only
+/// logged. If a function given to [`Save::on_done`], or a waker, drops the last owner, a separate thread
+/// waits instead, and `main` does not wait for that thread.
 #[derive(Debug)]
 pub struct CheckpointExecutor {
     settings: Settings,
@@ -99,9 +99,9 @@ pub struct CheckpointExecutor {
     stager: Arc<Stager>,
     threads: Arc<Threads>,
     equipment: Equipment,
-    /// The ranks that save together; None: this process saves alone.
+    /// The ranks that save together. None: this process saves alone.
     turns: Option<Turns>,
-    /// The last plan. Callers of `save` lock it, one at a time.
+    /// The last plan. Callers of `save` lock it one at a time.
     admission: Mutex<Admission>,
     /// The tiers behind the root.
     behind: Option<Arc<Behind>>,
@@ -114,11 +114,11 @@ pub struct CheckpointExecutor {
 #[derive(Debug)]
 struct Admission {
     plan: Option<Arc<Plan>>,
-    /// The tensors that it took for frozen.
+    /// The tensors that the plan took for frozen.
     still: Arc<[bool]>,
-    /// What the plan was made from, if several ranks made it.
+    /// The description that the plan was made from, if several ranks made it.
     described: Option<Described>,
-    /// Identities of attempts, drawn ahead because randomness is a system call.
+    /// Identities of attempts, generated ahead because randomness is a system call.
     attempts: Attempts,
 }
 
@@ -129,16 +129,16 @@ impl CheckpointExecutor {
         Builder::new(root.into())
     }
 
-    /// Saves `state` as `step` and returns at once. Only small tensors that the program may write have been
-    /// copied by then. The executor reads the other sources until the next [`fence`](Self::fence), or until
+    /// Saves `state` as `step` and returns at once. By then only small tensors that the program may write
+    /// were copied. The executor reads the other sources until the next [`fence`](Self::fence), or until
     /// [`Save::staged`] resolves.
     ///
     /// # Errors
     /// The error of an earlier save that no handle and no call has returned. `Invalid`: a tensor cannot be
     /// captured as requested, or an earlier save of writable sources was not fenced. `Conflict`: a save of
-    /// this step is under way. `Busy`: earlier saves had not ended by the save deadline, as the overlap
-    /// policy requires, or the capture pool of the GPU has no space for what is to be captured or gathered.
-    /// The future returns all later errors.
+    /// this step is under way. `Busy`: the overlap policy required earlier saves to end, and they had not
+    /// ended by the save deadline; or the capture pool of the GPU has no space for the tensors to capture or
+    /// gather. The future returns all later errors.
     pub fn save(&self, step: u64, state: StateDict<'static>) -> Result<Save> {
         self.save_with(step, state, SaveOptions::default())
     }
@@ -146,39 +146,39 @@ impl CheckpointExecutor {
     /// [`save`](Self::save), with options.
     ///
     /// # Errors
-    /// As `save`; `Invalid` when the name in the options is that of another step.
+    /// As `save`; `Invalid` when the name in the options belongs to another step.
     pub fn save_with(&self, step: u64, state: StateDict<'static>, options: SaveOptions) -> Result<Save> {
         self.submit(step, state, options, false, |_| ())
     }
 
-    /// Waits until no save so far will read its tensors any more. After that they may be written. Costs one
-    /// atomic load if no save is reading.
+    /// Waits until no save so far will read its tensors any more. After that the program may write the
+    /// tensors. Costs one atomic load if no save is reading.
     ///
     /// # Errors
     /// `Deadline`: the saves that were still reading have failed, and the host reads nothing more. Copies
-    /// that an asynchronous device has begun cannot be taken back: the tensors may be written when `staged()`
+    /// that an asynchronous device has begun cannot be cancelled: the tensors may be written when `staged()`
     /// of those saves resolves.
     pub fn fence(&self) -> Result<()> {
         self.alive()?;
         self.stager.fence(self.settings.fence_timeout)
     }
 
-    /// Returns a future of [`fence`](Self::fence), for tasks that must not block their thread. It resolves
-    /// when no save so far will read its tensors any more. Unlike `fence` it has no deadline and fails no
-    /// save: a save that hangs ends the future by its own deadline.
+    /// Returns a future of [`fence`](Self::fence), for tasks that must not block their thread. The future
+    /// resolves when no save so far will read its tensors any more. Unlike `fence`, it has no deadline and
+    /// fails no save: when a save hangs, that save's own deadline ends the future.
     pub fn fenced(&self) -> Fenced {
         Fenced::new(self.alive().map(|()| self.stager.saves.reading()))
     }
 
-    /// Makes `streams`, which will write tensors of saves so far, wait on the GPU for the reads that are
-    /// left. The calling thread waits only until the copies of those saves are queued, which needs slabs.
-    /// Writes in other streams must be ordered after one of `streams`. Tensors in host memory may be written
-    /// when it returns. Costs one atomic load if no save is reading.
+    /// Makes `streams`, which will write tensors of saves so far, wait on the GPU for the remaining reads.
+    /// The calling thread waits only until the copies of those saves are queued, which needs slabs. Writes in
+    /// other streams must be ordered after one of `streams`. Tensors in host memory may be written when this
+    /// call returns. Costs one atomic load if no save is reading.
     ///
     /// # Errors
-    /// As [`fence`](Self::fence). `Invalid`: a stream is being captured into a graph, or is of a device
-    /// unknown to this executor; nothing is ordered then. `Device`: the saves that were still reading have
-    /// failed.
+    /// As [`fence`](Self::fence). `Invalid`: a stream is being captured into a graph, or belongs to a device
+    /// unknown to this executor; no stream is made to wait then. `Device`: the saves that were still reading
+    /// have failed.
     pub fn fence_on(&self, streams: &[DeviceStream]) -> Result<()> {
         self.alive()?;
         self.stager.fence_on(streams, self.settings.fence_timeout)
@@ -187,14 +187,14 @@ impl CheckpointExecutor {
     /// Returns the newest durable step under the root, if there is one. Its tensors can be read into memory
     /// of the executor's device.
     ///
-    /// With [tiers](crate::tiers) it is the newest step of all of them, from the nearest one whose copy can
-    /// be opened: [`Checkpoint::tier`] says which. Where two tiers have different attempts at a step, that of
-    /// the farthest one counts; steps of the root that the job redid elsewhere do not. A tier that is away is
-    /// left out with a warning; with several ranks one that rank 0 has taken over is not, so that all of them
-    /// find the same step.
+    /// With [tiers](crate::tiers) this is the newest step of all tiers, from the nearest tier whose copy can
+    /// be opened: [`Checkpoint::tier`] names that tier. Where two tiers have different attempts at a step,
+    /// the attempt of the farthest tier counts. Steps of the root that the job redid elsewhere do not count.
+    /// A tier that is away is left out, with a warning. With several ranks, a tier that rank 0 has taken over
+    /// is never left out, so that all ranks find the same step.
     ///
     /// # Errors
-    /// Errors of the storage. If no step is found and a tier is away, why it is.
+    /// Errors of the storage. If no step is found and a tier is away, the reason for that.
     pub fn latest(&self) -> Result<Option<Checkpoint>> {
         self.alive()?;
         let latest = match &self.behind {
@@ -204,7 +204,7 @@ impl CheckpointExecutor {
         Ok(latest?.map(|checkpoint| self.lend_device(checkpoint)))
     }
 
-    /// Returns the checkpoint of `step`. Its tensors can be read as those of [`latest`](Self::latest).
+    /// Returns the checkpoint of `step`. Its tensors can be read like those of [`latest`](Self::latest).
     ///
     /// # Errors
     /// `NotFound` if the step does not exist: another step is never returned.
@@ -217,9 +217,9 @@ impl CheckpointExecutor {
         found.map(|checkpoint| self.lend_device(checkpoint))
     }
 
-    /// Returns the newest step whose bytes are all as written, and the steps that it skipped; None if there
-    /// is no step. Reads that step whole. A newer step that it finds damaged is replaced when its number is
-    /// saved again: see [`OnDamaged`](crate::OnDamaged).
+    /// Returns the newest step whose bytes are all as written, and the newer steps that were skipped. None if
+    /// there is no step. Reads that step whole. A newer step that is found damaged is replaced when its
+    /// number is saved again: see [`OnDamaged`](crate::OnDamaged).
     ///
     /// # Errors
     /// As [`Catalog::latest_valid`].
@@ -232,8 +232,8 @@ impl CheckpointExecutor {
         Ok(found.map(|found| Found { checkpoint: self.lend_device(found.checkpoint), skipped: found.skipped }))
     }
 
-    /// Decodes the value `name` that this rank kept for itself in `checkpoint` by
-    /// [`StateDict::rank_value`], as a job does that goes on with as many ranks as it had.
+    /// Decodes the value `name` that this rank stored in `checkpoint` for itself with
+    /// [`StateDict::rank_value`]. It is for a job that continues with the same number of ranks.
     ///
     /// ```
     /// # use ashore::{CheckpointExecutor, StateDict};
@@ -250,7 +250,7 @@ impl CheckpointExecutor {
     ///
     /// # Errors
     /// `Invalid`, with both numbers, when another number of ranks saved the step: values of ranks that are
-    /// gone would be lost silently. The program decides what becomes of them, with
+    /// gone would be lost silently. The program decides what to do with them, with
     /// [`Checkpoint::rank_values`]. Otherwise as [`Checkpoint::rank_value`].
     pub fn rank_value<T: DeserializeOwned>(&self, checkpoint: &Checkpoint, name: &str) -> Result<T> {
         let member = self.turns.as_ref().map_or(Member::ALONE, Turns::member);
@@ -268,12 +268,13 @@ impl CheckpointExecutor {
         Checkpoint { device: Some(self.stager.device.clone()), ..checkpoint }
     }
 
-    /// What each tier behind the root has and lacks; none if there are no tiers, or another rank promotes.
+    /// Reports what each tier behind the root has and lacks. Empty if there are no tiers, or if another rank
+    /// promotes.
     pub fn tiers(&self) -> Vec<TierReport> {
         self.behind.as_ref().map_or_else(Vec::new, |behind| behind.report())
     }
 
-    /// All steps under the root.
+    /// The catalog of all steps under the root.
     pub fn catalog(&self) -> &Catalog {
         &self.catalog
     }
@@ -294,25 +295,25 @@ impl CheckpointExecutor {
         self.equipment.report()
     }
 
-    /// The engine in use: `pwrite`, `io_uring`, or the storage's own name for it.
+    /// The engine in use: `pwrite`, `io_uring`, or the storage's own name for its engine.
     pub fn engine(&self) -> &'static str {
         self.storage.engine()
     }
 
-    /// The arena: what the system gave it, and how many slabs are free.
+    /// The arena: its memory as the system granted it, and the number of free slabs.
     pub fn arena(&self) -> &Arena {
         &self.stager.arena
     }
 
-    /// Stops taking saves, waits for those in flight and for promotions to tiers, and ends the threads.
-    /// Checkpoints can still be read. Any owner of an `Arc` may call it, also several at once; another call
-    /// waits for what is left. The arena and resources of a device are released when the last owner drops the
-    /// executor.
+    /// Stops taking saves, waits for saves in flight and for promotions to tiers, and ends the threads.
+    /// Checkpoints can still be read. Any owner of an `Arc` may call it, and several may call it at once; a
+    /// second call waits for the remaining work. The arena and resources of a device are released when the
+    /// last owner drops the executor.
     ///
     /// # Errors
     /// The first error of a save that no handle and no call has returned. `Deadline`: saves had not ended by
     /// the deadline, and have failed; or their steps are durable in the root and were not promoted, and the
-    /// message names tiers, roots and steps. Threads that hang in the storage are left behind: a later call
+    /// message names tiers, roots and steps. Threads that hang in the storage are left running: a later call
     /// waits for them, and the drop waits as long as the last call did. `Invalid` in a function given to
     /// [`Save::on_done`], or in a waker: the call would wait for its own thread.
     pub fn shutdown(&self, timeout: Duration) -> Result<()> {
@@ -325,12 +326,12 @@ impl CheckpointExecutor {
         &self.threads
     }
 
-    /// Saves `state` even if admission is closed: the last save of the program.
+    /// Saves `state` even if admission is closed, as the last save of the program.
     pub(crate) fn save_at_the_end(&self, step: u64, state: StateDict<'static>) -> Result<Save> {
         self.submit(step, state, SaveOptions::default().last(), false, |_| ())
     }
 
-    /// Refuses use in a forked child: the threads exist only in the parent.
+    /// Refuses use in a forked child: only the parent has the threads.
     pub(crate) fn alive(&self) -> Result<()> {
         self.origin.check("an executor cannot be used in a forked child; make a new one there")
     }

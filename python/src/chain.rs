@@ -24,12 +24,12 @@ use std::time::{Duration, Instant};
 pub struct Publisher {
     inner: Mutex<Option<Arc<ashore::chain::Publisher>>>,
     process: u32,
-    /// The memory of the tensors of the last version.
+    /// The memory of the tensors of the last published version.
     seen: Mutex<Vec<Memory>>,
 }
 
 impl Publisher {
-    /// The publisher of the engine.
+    /// Returns the publisher of the engine.
     pub fn open(&self, py: Python<'_>) -> PyResult<Arc<ashore::chain::Publisher>> {
         if std::process::id() != self.process {
             return Err(closed(py, "a publisher cannot be used in a forked child: it belongs to the parent"));
@@ -38,7 +38,7 @@ impl Publisher {
         inner.ok_or_else(|| closed(py, "the publisher was closed"))
     }
 
-    /// The tensors and values of a state, and the devices that tensors are on.
+    /// Collects the tensors and values of a state, and the devices of its tensors.
     pub fn collect(
         &self,
         py: Python<'_>,
@@ -59,7 +59,7 @@ impl Publisher {
             Item { name, object, way: Some(way), place, capture: None }
         };
         let items = leaves.tensors.into_iter().map(item).collect();
-        // Taken out, because collecting runs code of Python.
+        // The memory is taken out of the lock, because collecting runs Python code.
         let mut seen = std::mem::take(&mut *self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner));
         let devices = sources::add(py, &mut dict, items, &mut seen, None, None, false)?;
         *self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner) = seen;
@@ -96,7 +96,7 @@ impl Publisher {
         })
     }
 
-    /// The newest durable version.
+    /// Returns the newest durable version.
     fn newest(&self, py: Python<'_>) -> PyResult<Option<u64>> {
         entry(py, || {
             let publisher = self.open(py)?;
@@ -125,7 +125,7 @@ impl Publisher {
         self.open(py).is_ok()
     }
 
-    /// Waits for publishes in flight, and gives memory and threads back.
+    /// Waits for publishes in flight, and releases memory and threads.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         entry(py, || {
             if std::process::id() != self.process {
@@ -134,7 +134,7 @@ impl Publisher {
             let inner = self.inner.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).take();
             self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).clear();
             interruptible(py, move || {
-                // Calls of other threads, and saves of an executor that have not ended, have it, too.
+                // Calls of other threads, and saves of an executor that have not ended, hold it, too.
                 let mut inner = inner;
                 while let Some(Err(shared)) = inner.take().map(Arc::try_unwrap) {
                     inner = Some(shared);
@@ -148,7 +148,8 @@ impl Publisher {
 impl Drop for Publisher {
     fn drop(&mut self) {
         let inner = self.inner.get_mut().unwrap_or_else(PoisonError::into_inner).take();
-        // Waits for publishes in flight: not with the GIL. After the end of the interpreter there is none.
+        // The drop waits for publishes in flight, so it must not hold the GIL. After the end of the
+        // interpreter there is no GIL.
         let mut inner = Some(inner);
         if Python::try_attach(|py| py.detach(|| drop(inner.take()))).is_none() {
             drop(inner);
@@ -160,13 +161,14 @@ impl Drop for Publisher {
 #[derive(Default)]
 struct Place {
     held: Mutex<Option<Box<Held>>>,
-    /// A call was left by an exception of a signal, and goes on alone until it sees this.
+    /// Set when an exception of a signal ended the wait of a call. The call continues alone until it sees
+    /// this.
     stopped: AtomicBool,
-    /// 0: none.
+    /// The version of the weights; 0 means none.
     version: AtomicU64,
 }
 
-/// A follower while a call uses it. Its drop puts it back.
+/// A follower while a call uses it. Its drop returns the follower.
 struct Lease {
     place: Arc<Place>,
     held: Option<Box<Held>>,
@@ -177,7 +179,7 @@ impl Lease {
         self.held.as_mut().map(|held| held.engine())
     }
 
-    /// Runs a call of the engine.
+    /// Runs a call of the engine, and stores the version after it.
     fn with<T>(&mut self, f: impl FnOnce(&mut Engine<'static>) -> ashore::Result<T>) -> ashore::Result<T> {
         let gone = || Error::new(ErrorKind::Busy, "a follower is in use");
         let done = f(self.engine().ok_or_else(gone)?);
@@ -198,7 +200,7 @@ impl Drop for Lease {
 pub struct Follow {
     place: Arc<Place>,
     reader: Option<Reader>,
-    /// How long a wait that was interrupted may go on.
+    /// How long an interrupted wait may continue.
     piece: Duration,
     process: u32,
 }
@@ -211,13 +213,13 @@ impl Follow {
         Err(closed(py, "a follower cannot be used in a forked child: it belongs to the parent"))
     }
 
-    /// The follower, for one call.
+    /// Takes the follower for one call.
     fn lease(&self, py: Python<'_>) -> PyResult<Lease> {
         self.lease_until(py, None)?
             .ok_or_else(|| errors::busy(py, "a call that was interrupted still uses the follower"))
     }
 
-    /// The follower, for one call; None if a call that was interrupted uses it until then.
+    /// Takes the follower for one call. None if an interrupted call still uses it at `until`.
     fn lease_until(&self, py: Python<'_>, until: Option<Instant>) -> PyResult<Option<Lease>> {
         self.ours(py)?;
         loop {
@@ -238,7 +240,8 @@ impl Follow {
     }
 }
 
-/// Name, dtype (of safetensors, of NumPy) and shape of a tensor, and the name of the one that has its bytes.
+/// The name, the dtype (in safetensors and in NumPy) and the shape of a tensor, and the name of the tensor
+/// that holds its bytes.
 type Info = (String, String, Option<&'static str>, Vec<usize>, String);
 
 fn infos(weights: &Version<'_>) -> Vec<Info> {
@@ -249,7 +252,7 @@ fn infos(weights: &Version<'_>) -> Vec<Info> {
     weights.tensors().map(info).collect()
 }
 
-/// Copies tensors of a version to memory of their dtypes and shapes.
+/// Copies tensors of a version to memory that must have their dtypes and shapes.
 fn copy(weights: &Version<'_>, lent: &mut [Lent], tied: &[(String, String)]) -> ashore::Result<()> {
     let refuse = |why: &str, name: &str| Err(Error::new(ErrorKind::Invalid, format!("{why} tensor={name:?}")));
     for (name, other) in tied {
@@ -267,7 +270,8 @@ fn copy(weights: &Version<'_>, lent: &mut [Lent], tied: &[(String, String)]) -> 
     for lent in lent {
         let (name, memory) = (&lent.name, &lent.memory);
         let (begin, end) = memory.extent();
-        // Tensors of a version do not overlap, so the last that begins before the end reaches farthest.
+        // Tensors of a version do not overlap. So the last one that begins before the end also reaches
+        // farthest.
         let before = own.partition_point(|(start, _)| *start < end).checked_sub(1).and_then(|last| own.get(last));
         if begin < end && before.is_some_and(|(_, reached)| *reached > begin) {
             return refuse("a target is memory that the follower writes itself: read it there", name);
@@ -310,7 +314,7 @@ impl Follow {
             let reader = held.engine().reader();
             let version = AtomicU64::new(held.engine().version().unwrap_or(0));
             let place = Place { held: Mutex::new(Some(Box::new(held))), version, ..Place::default() };
-            // As many as make little of the looks at the beginning and the end of each.
+            // A wait spans several polls, so that the work at the begin and the end of each wait stays small.
             let piece = (poll * 4).clamp(SLICE, Duration::from_secs(2));
             Ok(Self { place: Arc::new(place), reader, piece, process: std::process::id() })
         })
@@ -322,7 +326,7 @@ impl Follow {
         Some(self.place.version.load(Ordering::Acquire)).filter(|version| *version > 0)
     }
 
-    /// The next update; None after `deadline` seconds.
+    /// Waits for the next update. None after `deadline` seconds.
     #[pyo3(name = "next")]
     fn next_update(&self, py: Python<'_>, deadline: Option<f64>) -> PyResult<Option<Update>> {
         entry(py, || {
@@ -349,7 +353,7 @@ impl Follow {
         })
     }
 
-    /// Applies an update. It is not interrupted: memory is whole when it returns.
+    /// Applies an update. A signal does not interrupt it: the memory is whole when it returns.
     fn apply(&self, py: Python<'_>, update: &Update) -> PyResult<u64> {
         entry(py, || {
             let mut lease = self.lease(py)?;
@@ -358,7 +362,7 @@ impl Follow {
         })
     }
 
-    /// What an update changes in the weights.
+    /// Returns the changes of an update in the weights.
     fn changes(&self, py: Python<'_>, update: &Update) -> PyResult<Vec<Change>> {
         entry(py, || {
             let mut lease = self.lease(py)?;
@@ -372,7 +376,7 @@ impl Follow {
         })
     }
 
-    /// The tensors of the version.
+    /// Lists the tensors of the version.
     fn tensors(&self, py: Python<'_>) -> PyResult<Vec<Info>> {
         entry(py, || self.lease(py)?.with(|engine| Ok(infos(engine.weights()))).or_raise(py))
     }
@@ -396,7 +400,7 @@ impl Follow {
         })
     }
 
-    /// The version that readers are shown; None where there is one copy.
+    /// Returns the version that readers see. None where there is one copy.
     fn shown(&self, py: Python<'_>) -> PyResult<Option<Weights>> {
         self.ours(py)?;
         Ok(self.reader.as_ref().map(|reader| Weights { version: reader.get() }))
@@ -412,7 +416,7 @@ pub struct Update {
     is_full: bool,
     #[pyo3(get)]
     bytes: u64,
-    /// None: applied, or given to a call.
+    /// None after the update was applied or given to a call.
     update: Mutex<Option<Next>>,
 }
 
@@ -425,7 +429,7 @@ impl Update {
 
 #[pymethods]
 impl Update {
-    /// The values that were published with the version.
+    /// Returns the values that were published with the version.
     fn values<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         entry(py, || {
             let dict = PyDict::new(py);
@@ -441,7 +445,7 @@ impl Update {
     }
 }
 
-/// What an update changes in one tensor.
+/// The change of one tensor in an update.
 #[pyclass(module = "ashore._ashore", frozen)]
 pub struct Change {
     changed: Changed,
@@ -460,13 +464,13 @@ impl Change {
         (self.changed.dtype.to_string(), dtypes::numpy_name(self.changed.dtype))
     }
 
-    /// How many elements change; None: all of them.
+    /// How many elements change. None: all of them.
     #[getter]
     fn count(&self) -> Option<usize> {
         self.changed.indices.as_ref().map(Vec::len)
     }
 
-    /// The length of the values.
+    /// The length of the values in bytes.
     #[getter]
     fn bytes(&self) -> usize {
         self.changed.values.len()
@@ -514,7 +518,7 @@ impl Weights {
         infos(&self.version)
     }
 
-    /// Where the bytes of a tensor are, and how many. They stay while this object lives.
+    /// Returns the address and the length of the bytes of a tensor. They stay valid while this object lives.
     fn memory(&self, py: Python<'_>, name: &str) -> PyResult<(usize, usize)> {
         entry(py, || {
             let bytes = self.version.bytes(name).or_raise(py)?;

@@ -15,7 +15,7 @@ use std::sync::Arc;
 #[pyclass(module = "ashore._ashore", frozen)]
 pub struct Checkpoint {
     inner: ashore::Checkpoint,
-    /// It has the device of the executor that opened it.
+    /// Whether it has the device of the executor that opened it.
     has_device: bool,
 }
 
@@ -24,13 +24,13 @@ impl Checkpoint {
         Self { inner, has_device: false }
     }
 
-    /// A checkpoint that an executor opened.
+    /// Wraps a checkpoint that an executor opened.
     pub fn with_executor(inner: ashore::Checkpoint) -> Self {
         Self { inner, has_device: true }
     }
 }
 
-/// Name, dtype (of safetensors, of NumPy), shape and bytes of a tensor.
+/// The name, the dtype (in safetensors and in NumPy), the shape and the bytes of a tensor.
 type Info = (String, String, Option<&'static str>, Vec<usize>, u64);
 
 fn info(tensor: ashore::TensorInfo<'_>) -> Info {
@@ -40,7 +40,7 @@ fn info(tensor: ashore::TensorInfo<'_>) -> Info {
 
 #[pymethods]
 impl Checkpoint {
-    /// Opens a directory.
+    /// Opens the checkpoint in a directory.
     #[staticmethod]
     fn open(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
         entry(py, || py.detach(|| ashore::Checkpoint::open(path)).or_raise(py).map(Self::new))
@@ -71,7 +71,7 @@ impl Checkpoint {
         self.inner.world()
     }
 
-    /// The names of tensors that begin with `prefix`.
+    /// Returns the names of tensors that begin with `prefix`.
     fn names(&self, py: Python<'_>, prefix: &str) -> PyResult<Vec<String>> {
         entry(py, || {
             let names = || Ok(self.inner.with_prefix(prefix)?.map(|tensor| tensor.name.to_owned()).collect());
@@ -83,7 +83,7 @@ impl Checkpoint {
         entry(py, || self.inner.tensor(name).map(info).or_raise(py))
     }
 
-    /// The boxes in which a tensor is stored: pairs of begin and end for each dimension.
+    /// Returns the boxes in which a tensor is stored: pairs of begin and end for each dimension.
     fn boxes(&self, py: Python<'_>, name: &str) -> PyResult<Vec<Vec<(usize, usize)>>> {
         entry(py, || {
             let boxes = self.inner.boxes(name).or_raise(py)?;
@@ -99,7 +99,7 @@ impl Checkpoint {
         entry(py, || values::decode(py, &self.inner.value::<Value>(name).or_raise(py)?))
     }
 
-    /// The value that one rank kept for itself.
+    /// Returns the value that one rank stored for itself.
     fn rank_value<'py>(&self, py: Python<'py>, rank: u32, name: &str) -> PyResult<Bound<'py, PyAny>> {
         entry(py, || values::decode(py, &self.inner.rank_value::<Value>(rank, name).or_raise(py)?))
     }
@@ -117,7 +117,7 @@ impl Checkpoint {
         self.inner.metadata_keys().any(|key| key == SHAPE)
     }
 
-    /// Puts the tree together from `arrays` and the values.
+    /// Builds the tree from `arrays` and the values.
     fn tree<'py>(&self, py: Python<'py>, arrays: &Bound<'py, PyDict>) -> PyResult<Bound<'py, PyAny>> {
         entry(py, || {
             let shape: String = self.inner.metadata(SHAPE).or_raise(py)?;
@@ -139,7 +139,7 @@ impl Checkpoint {
         })
     }
 
-    /// The checkpoint, with a device for targets in its memory.
+    /// Returns the checkpoint with a device for targets in the device's memory.
     fn with_device(&self, py: Python<'_>, device: &str) -> PyResult<Self> {
         entry(py, || {
             let choice: DeviceChoice = device.parse::<DeviceChoice>().or_raise(py)?;
@@ -148,7 +148,8 @@ impl Checkpoint {
         })
     }
 
-    /// Reads every byte: files, tensors, bytes, and damage as pairs of file and what is wrong with it.
+    /// Reads every byte. Returns the numbers of files, tensors and bytes, and the damage as pairs of a file
+    /// and its fault.
     fn verify(&self, py: Python<'_>) -> PyResult<(usize, usize, u64, Vec<String>, bool)> {
         entry(py, || {
             let inner = self.inner.clone();
@@ -188,7 +189,7 @@ impl Catalog {
         entry(py, || Ok(Self { inner: Arc::new(py.detach(|| Engine::open(root)).or_raise(py)?) }))
     }
 
-    /// Step, name, path, bytes and time of every step.
+    /// Returns step, name, path, bytes and time of every step.
     fn entries(&self, py: Python<'_>) -> PyResult<Vec<(u64, String, PathBuf, u64)>> {
         entry(py, || {
             let entries = py.detach(|| self.inner.list()).or_raise(py)?;
@@ -200,7 +201,8 @@ impl Catalog {
         entry(py, || Ok(py.detach(|| self.inner.latest()).or_raise(py)?.map(Checkpoint::new)))
     }
 
-    /// The newest step whose bytes are all as written, and the numbers of those that it skipped.
+    /// Returns the newest step whose bytes are all as written, and the numbers of the steps that were
+    /// skipped.
     fn latest_valid(&self, py: Python<'_>) -> PyResult<Option<(Checkpoint, Vec<u64>)>> {
         entry(py, || {
             let inner = self.inner.clone();
@@ -215,7 +217,7 @@ impl Catalog {
         entry(py, || py.detach(|| self.inner.checkpoint(step)).or_raise(py).map(Checkpoint::new))
     }
 
-    /// Deletes steps beyond the newest `keep_last`; returns the numbers of those.
+    /// Deletes steps beyond the newest `keep_last`. Returns their numbers.
     fn prune(&self, py: Python<'_>, keep_last: usize, keep_every: Option<u64>, dry_run: bool) -> PyResult<Vec<u64>> {
         entry(py, || {
             let retention = Retention::last(keep_last);

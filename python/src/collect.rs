@@ -1,7 +1,7 @@
-//! From Python objects to memory: where a tensor's elements are, of which dtype, shape and strides.
+//! Finds the memory of Python objects: the address, dtype, shape and strides of a tensor's elements.
 //!
 //! Nothing is copied and nothing waits, except that an array's own `__dlpack__` may wait until the array is
-//! computed. What the libraries describe wrongly is found here and refused by name.
+//! computed. Descriptions of a library that are wrong are detected here and refused by name.
 
 use crate::dlpack::{self, Description, Device, read_capsule};
 use crate::errors::{invalid, invalid_from, is_ours};
@@ -14,46 +14,46 @@ use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict, PyTuple};
 use smallvec::SmallVec;
 
-/// The sizes of dimensions, or distances in them.
+/// The sizes of dimensions, or the distances of neighbours in them.
 pub type Dims<T> = SmallVec<[T; 4]>;
 
 /// The memory of a tensor.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Memory {
-    /// The address of the element with all indices 0; 0 where there is none.
+    /// The address of the element with all indices 0; the address is 0 where there is no such element.
     pub address: usize,
     pub device: Device,
     pub dtype: Dtype,
     pub shape: Dims<usize>,
-    /// The distances of neighbours in bytes; None: packed in row-major order.
+    /// The distances of neighbours in bytes. None: packed in row-major order.
     pub strides: Option<Dims<i64>>,
 }
 
-/// A tensor as an object of Python gives it.
+/// A tensor as found in a Python object.
 pub struct Found {
     pub memory: Memory,
-    /// What keeps the memory allocated.
+    /// The object that keeps the memory allocated.
     pub keep: Py<PyAny>,
     pub read_only: bool,
 }
 
 impl Memory {
-    /// The bytes of the packed tensor.
+    /// Returns the length of the packed tensor in bytes.
     pub fn bytes(&self) -> u64 {
         self.elements() * self.dtype.bitsize() as u64 / 8
     }
 
-    /// The number of elements.
+    /// Returns the number of elements.
     pub fn elements(&self) -> u64 {
         self.shape.iter().map(|dim| *dim as u64).product()
     }
 
-    /// Whether it is memory of the host.
+    /// Whether the memory belongs to the host.
     pub fn on_host(&self) -> bool {
         matches!(self.device.kind, dlpack::CPU | dlpack::CUDA_HOST)
     }
 
-    /// The range of addresses that the elements lie in.
+    /// Returns the range of addresses that contains the elements.
     pub fn extent(&self) -> (usize, usize) {
         if self.elements() == 0 {
             return (self.address, self.address);
@@ -70,19 +70,19 @@ impl Memory {
     }
 }
 
-/// Finds the memory of `object`. `known` is what this function returned for the same place of an earlier
-/// save: a torch tensor of the same memory is not checked again in all respects.
+/// Finds the memory of `object`. `known` is the result of this function for the same place of an earlier
+/// save: a torch tensor with the same memory is not checked again in all respects.
 ///
 /// # Errors
-/// `InvalidError`, naming `name`, for what is not a tensor, or has no memory that could be read.
+/// `InvalidError`, naming `name`, for an object that is no tensor, or that has no readable memory.
 pub fn find(object: &Bound<'_, PyAny>, name: &str, known: Option<&Memory>) -> PyResult<Found> {
     find_by(way(object, name)?, object, name, known)
 }
 
-/// As [`find`], for an object of a type that is known to be a tensor.
+/// As [`find`], for an object whose type is known to be a tensor.
 pub fn find_by(way: Way, object: &Bound<'_, PyAny>, name: &str, known: Option<&Memory>) -> PyResult<Found> {
     let wrong = |e: PyErr| {
-        // Errors of ours name the tensor already.
+        // Errors of this package name the tensor already.
         if is_ours(object.py(), &e) {
             return e;
         }
@@ -123,8 +123,8 @@ fn torch(
     }
     let keep = tensor.call_method0(intern!(py, "untyped_storage"));
     let storage = |keep: PyResult<Bound<'_, PyAny>>| keep.map(Bound::unbind);
-    // Address, shape, strides and dtype equal those of a tensor that was checked: only a conjugated view of a
-    // complex tensor, and one of less than a byte an element, could differ in what DLPack does not tell.
+    // Address, shape, strides and dtype equal those of a tensor that was checked. DLPack does not describe
+    // two differences: a conjugated view of a complex tensor, and a dtype of less than a byte per element.
     if let (Some(known), Some(description)) = (known, description)
         && !matches!(known.dtype, Dtype::C64 | Dtype::F4 | Dtype::I8 | Dtype::U8)
         && is_same(known, description)
@@ -152,7 +152,7 @@ fn torch(
         None => torch_attributes(tensor, dtype, name)?,
     };
     if dtype == Dtype::F4 {
-        // torch counts pairs of elements, safetensors elements.
+        // torch counts pairs of elements. safetensors counts elements.
         match memory.shape.last_mut() {
             Some(last) if memory.strides.is_none() => *last *= 2,
             _ => return refuse("a tensor of float4 pairs must be contiguous, with at least one dimension"),
@@ -174,7 +174,7 @@ fn torch(
     Ok(Found { memory, keep: storage(keep)?, read_only: false })
 }
 
-/// Whether a tensor lies where a known one lay.
+/// Whether a tensor has the same memory as a known one.
 fn is_same(known: &Memory, description: &Description<'_>) -> bool {
     let item = (known.dtype.bitsize() / 8) as i64;
     let dims = |shape: &[i64]| {
@@ -192,7 +192,7 @@ fn is_same(known: &Memory, description: &Description<'_>) -> bool {
         && strides
 }
 
-/// Whether elements with these strides, in elements, are packed in row-major order.
+/// Whether elements with these strides, counted in elements, are packed in row-major order.
 fn is_packed(shape: &[i64], strides: &[i64]) -> bool {
     let mut expected = 1_i64;
     shape.contains(&0)
@@ -233,7 +233,7 @@ fn torch_attributes(tensor: &Bound<'_, PyAny>, dtype: Dtype, name: &str) -> PyRe
     Ok(memory_of(&description, dtype))
 }
 
-/// The dtype that an object of torch or NumPy stands for.
+/// The dtype for each dtype object of torch or NumPy.
 static DTYPES: Known<Option<Dtype>> = Known::new();
 
 fn torch_dtype(tensor: &Bound<'_, PyAny>, name: &str) -> PyResult<Dtype> {
@@ -294,7 +294,7 @@ fn capsule(array: &Bound<'_, PyAny>, name: &str) -> PyResult<Found> {
     let export = || array.call_method("__dlpack__", (), Some(&options));
     let capsule = match export() {
         Err(e) if e.is_instance_of::<pyo3::exceptions::PyTypeError>(py) => {
-            // Older than DLPack 1.0.
+            // This producer is older than DLPack 1.0.
             options.del_item("max_version")?;
             export()?
         }
@@ -311,10 +311,10 @@ fn capsule(array: &Bound<'_, PyAny>, name: &str) -> PyResult<Found> {
     Ok(Found { memory, keep: capsule.into_any().unbind(), read_only })
 }
 
-/// How a tensor describes itself.
+/// Returns how a tensor describes itself.
 ///
 /// # Errors
-/// The object is no tensor: the error names `name`.
+/// An error that names `name`, if the object is no tensor.
 pub fn way(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Way> {
     match leaf::of(object)? {
         Leaf::Tensor(way) => Ok(way),
@@ -322,8 +322,8 @@ pub fn way(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Way> {
     }
 }
 
-/// The stream in which the library of tensors of this way queues work on a device at present: 0 where it does
-/// not say.
+/// Returns the stream in which the library of such tensors queues work on a device at present. The stream is
+/// 0 where the library does not tell it.
 pub fn current_stream(py: Python<'_>, way: Way, device: Device) -> PyResult<usize> {
     match way {
         Way::Torch(exchange) => exchange.current_stream(py, device),
@@ -331,7 +331,7 @@ pub fn current_stream(py: Python<'_>, way: Way, device: Device) -> PyResult<usiz
             let cuda = py.import("torch")?.getattr("cuda")?;
             cuda.call_method1("current_stream", (device.id,))?.getattr("cuda_stream")?.extract()
         }
-        // Made to wait for the array when it was exported.
+        // This stream was made to wait for the array when the array was exported.
         Way::Numpy | Way::Capsule => Ok(0),
     }
 }

@@ -1,4 +1,4 @@
-//! The structures of DLPack 1.3 that tensors are described by.
+//! The structures of DLPack 1.3 that describe tensors.
 //!
 //! # Safety argument
 //! The structures are those of `dlpack.h`, field by field, and are only read. [`Exchange`] holds a pointer to
@@ -91,25 +91,25 @@ struct Table {
     current_stream: Option<unsafe extern "C" fn(i32, i32, *mut *mut c_void) -> c_int>,
 }
 
-/// What DLPack says of a tensor. The slices live as long as the tensor's own description.
+/// The DLPack description of a tensor. The slices live as long as the tensor's own description.
 pub struct Description<'t> {
     /// The address of the element with all indices 0.
     pub address: usize,
-    /// Where the memory is.
+    /// The device of the memory.
     pub device: Device,
     /// The type of the elements.
     pub dtype: DataType,
     /// The sizes of the dimensions.
     pub shape: &'t [i64],
-    /// The distances of neighbours, in elements; None: packed.
+    /// The distances of neighbours, in elements. None: packed.
     pub strides: Option<&'t [i64]>,
-    /// The memory must not be written.
+    /// Whether the memory must not be written.
     pub read_only: bool,
 }
 
 impl<'t> Description<'t> {
     /// # Safety
-    /// `raw` is what DLPack says, and its shape and strides live for `'t`.
+    /// `raw` is a description by DLPack, and its shape and strides live for `'t`.
     unsafe fn of(raw: &Raw, read_only: bool) -> Self {
         let dims = |at: *const i64| match usize::try_from(raw.ndim) {
             // SAFETY: the caller promises that there are as many elements as dimensions.
@@ -122,7 +122,7 @@ impl<'t> Description<'t> {
     }
 }
 
-/// The functions by which a type describes its tensors.
+/// The table of functions with which a type describes its tensors.
 #[derive(Clone, Copy)]
 pub struct Exchange(NonNull<Table>);
 
@@ -132,7 +132,7 @@ unsafe impl Send for Exchange {}
 unsafe impl Sync for Exchange {}
 
 impl Exchange {
-    /// The table that `of` publishes, if it has one of a version that is known.
+    /// Finds the table that the type `of` publishes, if the table has a known version.
     pub fn find(of: &Bound<'_, PyType>) -> Option<Self> {
         let capsule = of.getattr("__dlpack_c_exchange_api__").ok()?.cast_into::<PyCapsule>().ok()?;
         let mut table: NonNull<Table> = capsule.pointer_checked(Some(c"dlpack_exchange_api")).ok()?.cast();
@@ -170,7 +170,7 @@ impl Exchange {
         read(unsafe { Description::of(&raw, false) })
     }
 
-    /// The stream in which the library queues work for this device at present.
+    /// Returns the stream in which the library queues work for this device at present.
     pub fn current_stream(self, py: Python<'_>, device: Device) -> PyResult<usize> {
         // SAFETY: the table lives as long as the process.
         let table = unsafe { self.0.as_ref() };

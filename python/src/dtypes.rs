@@ -3,7 +3,7 @@
 use crate::dlpack::DataType;
 use ashore::Dtype;
 
-/// The dtype of safetensors by the name that torch and NumPy (with `ml_dtypes`) give it.
+/// Returns the dtype of safetensors by its name in torch and NumPy (with `ml_dtypes`).
 pub fn by_name(name: &str) -> Option<Dtype> {
     Some(match name {
         "bool" => Dtype::BOOL,
@@ -30,7 +30,7 @@ pub fn by_name(name: &str) -> Option<Dtype> {
     })
 }
 
-/// The name of a dtype in NumPy (with `ml_dtypes`); None: NumPy has no array of it.
+/// Returns the name of a dtype in NumPy (with `ml_dtypes`). None: NumPy has no array of this dtype.
 pub fn numpy_name(dtype: Dtype) -> Option<&'static str> {
     const NAMES: [&str; 19] = [
         "bool",
@@ -56,7 +56,7 @@ pub fn numpy_name(dtype: Dtype) -> Option<&'static str> {
     NAMES.into_iter().find(|name| by_name(name) == Some(dtype))
 }
 
-/// The dtype of safetensors for one of DLPack.
+/// Returns the dtype of safetensors for a dtype of DLPack.
 pub fn by_dlpack(dtype: DataType) -> Option<Dtype> {
     Some(match (dtype.code, dtype.bits, dtype.lanes) {
         (6, 8, 1) => Dtype::BOOL,

@@ -6,10 +6,10 @@ use pyo3::sync::PyOnceLock;
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// The kind of an object that was closed, or that belongs to the parent of a forked child.
+/// The kind of errors for an object that was closed, or that belongs to the parent of a forked child.
 const CLOSED: &str = "closed";
 
-/// The name of a kind in Python.
+/// Returns the name of a kind in Python.
 fn kind_name(kind: ErrorKind) -> &'static str {
     match kind {
         ErrorKind::Invalid => "invalid",
@@ -44,14 +44,14 @@ fn make(
     }
 }
 
-/// The exception for an error of the engine.
+/// Returns the exception for an error of the engine.
 pub fn raise(py: Python<'_>, error: &Error) -> PyErr {
     let path = error.path().map(|path| path.to_string_lossy().into_owned());
     let tensor = quoted(error.message(), "tensor=");
     make(py, kind_name(error.kind()), &format!("{error:#}"), tensor.as_deref(), path, error.step())
 }
 
-/// The exception for a call that is wrong; `tensor` is the tensor or value concerned.
+/// Returns the exception for an invalid call. `tensor` names the tensor or value concerned.
 pub fn invalid(py: Python<'_>, why: &str, tensor: Option<&str>) -> PyErr {
     match tensor {
         Some(name) => make(py, "invalid", &format!("{why} tensor={name:?}"), Some(name), None, None),
@@ -59,30 +59,30 @@ pub fn invalid(py: Python<'_>, why: &str, tensor: Option<&str>) -> PyErr {
     }
 }
 
-/// As [`invalid`], caused by another exception.
+/// As [`invalid`], with another exception as its cause.
 pub fn invalid_from(py: Python<'_>, why: &str, tensor: Option<&str>, cause: PyErr) -> PyErr {
     let error = invalid(py, &format!("{why}: {cause}"), tensor);
     error.set_cause(py, Some(cause));
     error
 }
 
-/// Whether an exception is one of ours, which names its tensor already.
+/// Whether an exception is one of this package, which names its tensor already.
 pub fn is_ours(py: Python<'_>, error: &PyErr) -> bool {
     static BASE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     BASE.import(py, "ashore._errors", "Error").is_ok_and(|base| error.matches(py, base).unwrap_or(false))
 }
 
-/// The exception for an object that is closed.
+/// Returns the exception for an object that is closed.
 pub fn closed(py: Python<'_>, why: &str) -> PyErr {
     make(py, CLOSED, why, None, None, None)
 }
 
-/// The exception for an object that another call uses.
+/// Returns the exception for an object that another call uses.
 pub fn busy(py: Python<'_>, why: &str) -> PyErr {
     make(py, kind_name(ErrorKind::Busy), why, None, None, None)
 }
 
-/// Runs an entry of this module: a panic in it becomes `InternalError`.
+/// Runs an entry point of this module: a panic in it becomes `InternalError`.
 pub fn entry<T>(py: Python<'_>, body: impl FnOnce() -> PyResult<T>) -> PyResult<T> {
     catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
         let text = format!("a bug in ashore: {}", panic_text(&*panic));
@@ -95,9 +95,9 @@ fn panic_text(panic: &(dyn Any + Send)) -> &str {
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("a panic")
 }
 
-/// Results of the engine as results of Python.
+/// Converts results of the engine to results of Python.
 pub trait IntoPy<T> {
-    /// Makes an exception of the error.
+    /// Converts the error to an exception.
     fn or_raise(self, py: Python<'_>) -> PyResult<T>;
 }
 

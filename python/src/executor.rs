@@ -29,18 +29,18 @@ pub struct Executor {
     seen: Mutex<Seen>,
 }
 
-/// What the next save is compared with.
+/// The results of earlier saves that the next save is compared with.
 #[derive(Default)]
 struct Seen {
     memories: Vec<Memory>,
-    /// The devices that saves had tensors on, and how to ask for their current streams.
+    /// The devices with tensors of earlier saves, and how to ask for their current streams.
     devices: Vec<(i32, Way)>,
 }
 
 /// When the tensors of a save are captured.
 struct Captures {
     snapshot: Snapshot,
-    /// Names of tensors or of what they are in, and whether one was found.
+    /// Names of tensors or of their containers. The last field is set when a tensor matched.
     rules: Vec<(String, Capture, bool)>,
 }
 
@@ -67,7 +67,8 @@ impl Captures {
         Ok(captures)
     }
 
-    /// The capture of a tensor: that of the longest name which is its own, or of what it is in.
+    /// Returns the capture of a tensor: the rule with the longest name that is the tensor's own or that of a
+    /// container.
     fn of(&mut self, name: &str) -> Option<Capture> {
         let within = |rule: &str| {
             let rest = name.strip_prefix(rule)?;
@@ -90,8 +91,8 @@ impl Captures {
     }
 }
 
-/// A call of `save` that has not reached the engine. When it fails before, the other ranks must learn that:
-/// they count calls.
+/// A call of `save` that has not reached the engine. If it fails before that, the other ranks must learn of
+/// it, because they count calls.
 struct Call<'a, 'py> {
     py: Python<'py>,
     engine: &'a Arc<CheckpointExecutor>,
@@ -109,7 +110,7 @@ impl Drop for Call<'_, '_> {
 }
 
 impl Executor {
-    /// The executor of the engine.
+    /// Returns the executor of the engine.
     fn engine(&self, py: Python<'_>) -> PyResult<Arc<CheckpointExecutor>> {
         if std::process::id() != self.process {
             return Err(closed(py, "an executor cannot be used in a forked child: make a new one there"));
@@ -261,14 +262,14 @@ impl Executor {
         })
     }
 
-    /// Waits until the tensors may be written; with `streams`, or with tensors on GPUs, on the GPUs.
+    /// Waits until the tensors may be written. With `streams`, or with tensors on GPUs, the GPUs wait.
     fn fence(&self, py: Python<'_>, streams: Option<Vec<(u32, usize)>>) -> PyResult<()> {
         entry(py, || {
             let engine = self.engine(py)?;
             let mut reading = engine.fenced();
             let settled = std::pin::Pin::new(&mut reading).poll(&mut Context::from_waker(Waker::noop()));
             if matches!(settled, Poll::Ready(Ok(()))) {
-                // Returns at once, and marks the saves as fenced.
+                // This call returns at once, and marks the saves as fenced.
                 return py.detach(|| engine.fence()).or_raise(py);
             }
             let streams = match streams {
@@ -292,7 +293,7 @@ impl Executor {
         Ok(())
     }
 
-    /// The newest durable step.
+    /// Returns the newest durable step.
     fn latest(&self, py: Python<'_>) -> PyResult<Option<checkpoint::Checkpoint>> {
         entry(py, || {
             let engine = self.engine(py)?;
@@ -301,7 +302,7 @@ impl Executor {
         })
     }
 
-    /// The checkpoint of a step.
+    /// Returns the checkpoint of a step.
     fn checkpoint(&self, py: Python<'_>, step: u64) -> PyResult<checkpoint::Checkpoint> {
         entry(py, || {
             let engine = self.engine(py)?;
@@ -310,7 +311,7 @@ impl Executor {
         })
     }
 
-    /// What each tier has and lacks: name, root, state, newest, lacks, forks, error.
+    /// Reports what each tier has and lacks: name, root, state, newest, lacks, forks, error.
     fn tiers(&self, py: Python<'_>) -> PyResult<Vec<Known>> {
         entry(py, || {
             let reports = self.engine(py)?.tiers();
@@ -327,7 +328,7 @@ impl Executor {
         })
     }
 
-    /// How the executor works: device, engine, arena.
+    /// Reports how the executor works: device, engine, arena.
     fn report(&self, py: Python<'_>) -> PyResult<(String, String, u64)> {
         entry(py, || {
             let engine = self.engine(py)?;
@@ -335,12 +336,12 @@ impl Executor {
         })
     }
 
-    /// Whether it takes saves.
+    /// Whether the executor takes saves.
     fn is_open(&self, py: Python<'_>) -> bool {
         self.engine(py).is_ok()
     }
 
-    /// Waits for saves in flight, and ends the threads. Returns false when that was done before.
+    /// Waits for saves in flight, and ends the threads. Returns false if that was done before.
     fn shutdown(&self, py: Python<'_>, deadline: f64) -> PyResult<bool> {
         entry(py, || {
             if std::process::id() != self.process {
@@ -363,10 +364,10 @@ impl Executor {
     }
 }
 
-/// What is known of a tier.
+/// The report of a tier.
 type Known = (String, PathBuf, &'static str, Option<u64>, Vec<u64>, Vec<u64>, Option<String>);
 
-/// The settings, and the tiers that are among them.
+/// Parses the settings, and the tiers that they contain.
 fn parsed(settings: &str) -> serde_json::Result<(Settings, Vec<Tier>)> {
     let mut settings: serde_json::Value = serde_json::from_str(settings)?;
     let tiers = settings.as_object_mut().and_then(|settings| settings.remove("tiers"));
@@ -377,7 +378,7 @@ fn parsed(settings: &str) -> serde_json::Result<(Settings, Vec<Tier>)> {
 /// Values, values of this rank, and metadata.
 type Named<'py> = (Bound<'py, PyDict>, Bound<'py, PyDict>, Bound<'py, PyDict>);
 
-/// Overwrite, the name of the directory, the path of one elsewhere, and the deadline in seconds.
+/// Overwrite, the name of the directory, the path of a directory elsewhere, and the deadline in seconds.
 type Given = (bool, Option<String>, Option<PathBuf>, Option<f64>);
 
 impl Executor {
@@ -405,7 +406,7 @@ impl Executor {
             let name: String = name.extract()?;
             dict.metadata(name.as_str(), &values::encode(&value, &name)?).or_raise(py)?;
         }
-        // Taken out, because collecting runs code of Python.
+        // The memory is taken out of the lock, because collecting runs Python code.
         let mut memories =
             std::mem::take(&mut self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).memories);
         let devices = sources::add(py, &mut dict, items, &mut memories, keep, stream, immutable)?;
@@ -419,8 +420,8 @@ impl Executor {
         Ok(Handle::new(save))
     }
 
-    /// Remembers the devices of a save that was taken: before, a fence of an executor that does not know the
-    /// device would be refused.
+    /// Remembers the devices of a save that the engine took. Before that, a fence would be refused, because
+    /// the executor does not know the device.
     fn remember(&self, py: Python<'_>, devices: Devices) {
         let mut seen = self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
         for ((id, says), (_, way)) in devices {
@@ -431,7 +432,7 @@ impl Executor {
     }
 }
 
-/// Declares a tensor frozen, or all that are in what is called `name`.
+/// Declares a tensor frozen, or all tensors in the container `name`.
 fn freeze(py: Python<'_>, dict: &mut StateDict<'static>, name: &str) -> PyResult<()> {
     if dict.frozen(name).is_ok() {
         return Ok(());
@@ -460,7 +461,8 @@ fn options_of(
 impl Drop for Executor {
     fn drop(&mut self) {
         let inner = self.inner.get_mut().unwrap_or_else(PoisonError::into_inner).take();
-        // Waits for saves in flight: not with the GIL. After the end of the interpreter there is none.
+        // The drop waits for saves in flight, so it must not hold the GIL. After the end of the interpreter
+        // there is no GIL.
         let mut inner = Some(inner);
         if Python::try_attach(|py| py.detach(|| drop(inner.take()))).is_none() {
             drop(inner);

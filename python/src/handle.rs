@@ -12,7 +12,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-/// A save in progress, or a publish.
+/// A save or a publish in progress.
 #[pyclass(module = "ashore._ashore", frozen)]
 pub struct Handle {
     save: Save,
@@ -34,11 +34,11 @@ impl Handle {
         ours(py, self.process)
     }
 
-    /// How the save ended, if it has.
+    /// Returns how the save ended. None if it has not ended.
     fn ended<'py>(&self, py: Python<'py>) -> Option<PyResult<Option<Bound<'py, PyDict>>>> {
         let result = self.save.try_get()?;
         if let Some(publish) = &self.publish {
-            // It has ended.
+            // The save has ended, so this does not wait.
             let published = result.and_then(|_| publish.wait(Duration::ZERO));
             return Some(published.or_raise(py).and_then(|published| of_published(py, &published)).map(Some));
         }
@@ -48,7 +48,7 @@ impl Handle {
         }))
     }
 
-    /// Whether it is staged, if it is or has failed.
+    /// Returns whether staging succeeded. None if the save is neither staged nor failed.
     fn staged_now(&self, py: Python<'_>) -> Option<PyResult<()>> {
         let mut staged = self.save.staged();
         match Pin::new(&mut staged).poll(&mut Context::from_waker(Waker::noop())) {
@@ -71,7 +71,7 @@ impl Handle {
     }
 }
 
-/// Waits in slices until `check` has a result, or `deadline` seconds have passed: then None.
+/// Waits in slices until `check` has a result. None if `deadline` seconds have passed first.
 fn sliced<T>(
     py: Python<'_>,
     deadline: Option<f64>,
@@ -96,7 +96,8 @@ fn sliced<T>(
         if let Some(result) = check() {
             return result.map(Some);
         }
-        // Refused, as in a thread of the engine; a failure of the save would have been seen above.
+        // The wait was refused, as in a thread of the engine. A failure of the save would have been seen
+        // above.
         if waited.as_ref().is_err_and(|e| e.kind() != ErrorKind::Deadline) {
             waited.or_raise(py)?;
         }
@@ -119,7 +120,7 @@ impl Handle {
         })
     }
 
-    /// Waits until the state is staged; False at the deadline.
+    /// Waits until the state is staged. False at the deadline.
     fn wait_staged(&self, py: Python<'_>, deadline: Option<f64>) -> PyResult<bool> {
         entry(py, || {
             let staged = self.sliced(py, deadline, |save, slice| save.staged().wait(slice), || self.staged_now(py))?;
@@ -127,7 +128,7 @@ impl Handle {
         })
     }
 
-    /// Whether a wait for the end, or until it is staged, would return at once. That a save failed still
+    /// Whether a wait for the end, or until it is staged, would return at once. A failure of the save still
     /// counts as not seen.
     fn is_done(&self, py: Python<'_>, staged: bool) -> bool {
         // A wait in a forked child raises at once.
@@ -135,7 +136,7 @@ impl Handle {
             || if staged { self.save.is_staged() } else { self.save.progress().phase == Phase::Ended }
     }
 
-    /// Has the notifier told `token` when the save has ended, or is staged.
+    /// Makes the notifier report `token` when the save has ended, or is staged.
     fn watch(&self, py: Python<'_>, token: u64, staged: bool) -> PyResult<()> {
         entry(py, || {
             self.ours(py)?;
@@ -148,7 +149,7 @@ impl Handle {
         })
     }
 
-    /// Phase, bytes of tensors, bytes staged, bytes written.
+    /// Returns phase, bytes of tensors, bytes staged, bytes written.
     fn progress(&self) -> (&'static str, u64, u64, u64) {
         let progress = self.save.progress();
         let phase = match progress.phase {
@@ -162,7 +163,7 @@ impl Handle {
         (phase, progress.bytes, progress.staged, progress.written)
     }
 
-    /// The second durability of the save, in the tier of this name.
+    /// Returns the second durability of the save, in the tier of this name.
     fn durable_in(&self, tier: String) -> Promotion {
         Promotion { save: self.save.clone(), tier, process: self.process }
     }
@@ -176,7 +177,7 @@ impl Handle {
     }
 }
 
-/// Durability in a tier, in the form of a handle.
+/// The durability in a tier, with the interface of a handle.
 #[pyclass(module = "ashore._ashore", frozen)]
 pub struct Promotion {
     save: Save,
@@ -185,7 +186,7 @@ pub struct Promotion {
 }
 
 impl Promotion {
-    /// How the promotion ended, if it has.
+    /// Returns how the promotion ended. None if it has not ended.
     fn ended<'py>(&self, py: Python<'py>) -> Option<PyResult<Option<Bound<'py, PyDict>>>> {
         let mut promoted = self.save.durable_in(&self.tier);
         match Pin::new(&mut promoted).poll(&mut Context::from_waker(Waker::noop())) {
@@ -217,7 +218,7 @@ impl Promotion {
         ours(py, self.process).is_err() || self.save.durable_in(&self.tier).is_done()
     }
 
-    /// Has the notifier told `token` when it has ended.
+    /// Makes the notifier report `token` when the promotion has ended.
     fn watch(&self, py: Python<'_>, token: u64) -> PyResult<()> {
         entry(py, || {
             ours(py, self.process)?;

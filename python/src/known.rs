@@ -1,16 +1,16 @@
-//! What was found out about objects of Python that mostly stay: types, dtypes.
+//! Facts about Python objects that rarely change: types, dtypes.
 
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-/// How many objects are known. A program has few types and dtypes, but NumPy gives each array that it
-/// unpickles a dtype object of its own, and a program can make classes without end.
+/// The maximum number of known objects. A program has few types and dtypes, but NumPy gives each array that
+/// it unpickles a dtype object of its own, and a program can create any number of classes.
 const MANY: usize = 256;
 
-/// What is known of each object, by its address. The objects are kept, so that no other one gets the address,
-/// until there are [`MANY`]: then all are forgotten.
+/// The fact about each object, by its address. The objects are kept, so that no other object gets the
+/// address, until there are [`MANY`]. Then all of them are forgotten.
 pub struct Known<V>(LazyLock<Mutex<HashMap<usize, Entry<V>>>>);
 
 type Entry<V> = (V, Py<PyAny>);
@@ -20,7 +20,7 @@ impl<V: Copy> Known<V> {
         Self(LazyLock::new(Mutex::default))
     }
 
-    /// What is known of `object`; `find` finds it out the first time.
+    /// Returns the fact about `object`. `find` determines it the first time.
     pub fn get<'py>(
         &self,
         object: Bound<'py, PyAny>,
@@ -31,13 +31,13 @@ impl<V: Copy> Known<V> {
         if let Some((found, _)) = lock().get(&key) {
             return Ok(*found);
         }
-        // Not under the lock: it runs code of Python.
+        // The lock is not held here, because this runs Python code.
         let found = find(&object)?;
         let mut known = lock();
         let forgotten = (known.len() >= MANY).then(|| std::mem::take(&mut *known));
         known.insert(key, (found, object.unbind()));
         drop(known);
-        // Not under the lock, either: the end of a class can run code of Python.
+        // The lock is not held here, either: the end of a class can run Python code.
         drop(forgotten);
         Ok(found)
     }

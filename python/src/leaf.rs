@@ -1,4 +1,4 @@
-//! What a leaf of a state is, by its type. Each type is looked at once.
+//! The kind of a leaf of a state, by its type. Each type is examined once.
 
 use crate::dlpack::Exchange;
 use crate::known::Known;
@@ -7,7 +7,7 @@ use pyo3::types::{
     PyBool, PyBytes, PyComplex, PyDict, PyFloat, PyFrozenSet, PyInt, PyList, PySet, PyString, PyTuple, PyType,
 };
 
-/// What an object of some type is.
+/// The kind of objects of a type.
 #[derive(Clone, Copy)]
 pub enum Leaf {
     None,
@@ -27,9 +27,9 @@ pub enum Leaf {
     NumpyScalar,
     /// Memory to be saved.
     Tensor(Way),
-    /// A DTensor: this rank has a box of it, or nothing.
+    /// A DTensor: this rank has one box of it, or none.
     DTensor,
-    /// Neither; the text says why.
+    /// The object cannot be saved. The text is the reason.
     Refused(&'static str),
 }
 
@@ -47,8 +47,8 @@ pub enum Way {
 }
 
 impl Way {
-    /// Whether the library of such a tensor says in which stream it works. Any other array was made to be
-    /// ready in the default stream.
+    /// Whether the library of such a tensor tells in which stream it works. Any other array was made ready in
+    /// the default stream.
     pub fn says_stream(self) -> bool {
         matches!(self, Self::Torch(_) | Self::TorchAttributes)
     }
@@ -56,12 +56,12 @@ impl Way {
 
 static TYPES: Known<Leaf> = Known::new();
 
-/// Says what `object` is.
+/// Returns the kind of `object`.
 pub fn of(object: &Bound<'_, PyAny>) -> PyResult<Leaf> {
     TYPES.get(object.get_type().into_any(), |of| classify(of.cast()?))
 }
 
-/// The name of an object's type, with its module.
+/// Returns the name of an object's type, with its module.
 pub fn type_name(object: &Bound<'_, PyAny>) -> PyResult<String> {
     Ok(object.get_type().fully_qualified_name()?.to_string())
 }
@@ -114,7 +114,7 @@ fn classify(of: &Bound<'_, PyType>) -> PyResult<Leaf> {
     Ok(Leaf::Refused("neither a tensor nor a plain value"))
 }
 
-/// A module that is imported already: an object of it cannot be of a module that is not.
+/// Returns a module if it is imported already: no object can be of a module that is not.
 fn imported<'py>(py: Python<'py>, name: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
     let modules = py.import("sys")?.getattr("modules")?;
     Ok(modules.cast::<PyDict>()?.get_item(name)?.filter(|module| !module.is_none()))
@@ -122,7 +122,7 @@ fn imported<'py>(py: Python<'py>, name: &str) -> PyResult<Option<Bound<'py, PyAn
 
 fn of_torch(of: &Bound<'_, PyType>) -> PyResult<Option<Leaf>> {
     let Some(torch) = imported(of.py(), "torch")? else { return Ok(None) };
-    // Another thread may still be importing it.
+    // Another thread may still be importing the module.
     let Ok(tensor) = torch.getattr("Tensor") else { return Ok(None) };
     if !of.is_subclass(&tensor)? {
         return Ok(None);

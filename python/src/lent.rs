@@ -1,14 +1,15 @@
 //! Memory of Python objects that the engine reads or writes as bytes.
 //!
 //! # Safety argument
-//! A slice is over packed memory of the host that an object describes. [`Lent`] holds what owns it, and so
-//! does [`Held`], which drops the follower first: the memory stays allocated. torch and NumPy alone can free
-//! it under a reference, by `resize_` of a storage and `resize` of an array: the documentation forbids that.
-//! [`Lent::fill`] has its slice for one call. The slices of a follower are made in [`Held::start`] alone, and
-//! do not overlap, because [`several`] has checked that; none is a target of a copy from it. They are written
-//! within the calls that apply a version. That the program reads or writes the memory meanwhile in no other
-//! thread, and writes that of a follower never, is what callers promise; where that is broken, values are
-//! wrong, as in any library that fills tensors without the GIL.
+//! A slice covers packed memory of the host that an object describes. [`Lent`] holds the owner of the memory.
+//! [`Held`] holds it, too, and drops the follower first: so the memory stays allocated. Only torch and NumPy
+//! can free the memory while it is referenced, by `resize_` of a storage and `resize` of an array: the
+//! documentation forbids that. [`Lent::fill`] uses its slice for one call. Only [`Held::start`] makes the
+//! slices of a follower. They do not overlap, because [`several`] has checked that, and none is a target of a
+//! copy from the follower. They are written within the calls that apply a version. Callers promise that the
+//! program reads or writes the memory meanwhile in no other thread, and never writes that of a follower.
+//! Where a caller breaks this promise, values are wrong, as in any library that fills tensors without the
+//! GIL.
 #![expect(unsafe_code, reason = "slices of memory that Python objects own; argument above")]
 
 use crate::collect::{self, Found, Memory};
@@ -16,11 +17,11 @@ use crate::errors::invalid;
 use ashore::chain::{Follow, Follower, Weights};
 use pyo3::prelude::*;
 
-/// Memory for a tensor, which Rust reaches only while it is filled.
+/// Memory for a tensor. Rust accesses it only while it is filled.
 pub struct Lent {
     pub name: String,
     pub memory: Memory,
-    /// What owns the memory.
+    /// The owner of the memory.
     keep: Py<PyAny>,
 }
 
@@ -49,9 +50,9 @@ impl Lent {
     }
 }
 
-/// A follower, and what owns the memory that it writes.
+/// A follower, with the owners of the memory that it writes.
 pub struct Held {
-    // Dropped first.
+    // This field is dropped first.
     engine: Follow<'static>,
     _keep: Vec<Py<PyAny>>,
 }
@@ -67,8 +68,8 @@ impl Held {
         if let Some(Targets { lent, tied, strict }) = targets {
             for lent in lent {
                 let (dtype, shape) = (lent.memory.dtype, &lent.memory.shape);
-                // SAFETY: no other slice overlaps, as `several` has checked; `keep` is dropped after `weights`, or
-                // goes with the follower.
+                // SAFETY: no other slice overlaps, as `several` has checked; `keep` is dropped after
+                // `weights`, or moves into the result with the follower.
                 let bytes = unsafe { lent.slice() };
                 keep.push(lent.keep);
                 weights.lend(lent.name, dtype, shape, bytes)?;
@@ -96,17 +97,17 @@ pub struct Targets {
 }
 
 impl Targets {
-    /// As [`several`]. `strict`: a version has these tensors and no others.
+    /// As [`several`]. With `strict`, a version must have these tensors and no others.
     pub fn new(objects: Vec<(String, Bound<'_, PyAny>)>, strict: bool) -> PyResult<Self> {
         let (lent, tied) = several(objects)?;
         Ok(Self { lent, tied, strict })
     }
 }
 
-/// The memory of `object`, which the engine writes.
+/// Returns the memory of `object`, which the engine writes.
 ///
 /// # Errors
-/// `InvalidError`, naming the tensor, for what is no tensor in packed, writable memory of the host.
+/// `InvalidError`, naming the tensor, for an object that is no tensor in packed, writable memory of the host.
 pub fn one(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Lent> {
     let Found { memory, keep, read_only } = collect::find(object, name, None)?;
     let refuse = |why: &str| Err(invalid(object.py(), why, Some(name)));
@@ -122,14 +123,14 @@ pub fn one(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Lent> {
     Ok(Lent { name: name.to_owned(), memory, keep })
 }
 
-/// More names of tensors, each with the name that has the memory.
+/// Further names of tensors, each with the name under which the memory was lent.
 pub type Aliases = Vec<(String, String)>;
 
-/// The memory of several objects, and further names of it, each with the name it is lent under: the first in
-/// the order of names, as in a version.
+/// Returns the memory of several objects, and further names of it. Each further name comes with the name
+/// under which the memory is lent: the first in the order of names, as in a version.
 ///
 /// # Errors
-/// As [`one`], and for objects that share a part of their memory.
+/// As [`one`], and for objects that share only a part of their memory.
 pub fn several(mut objects: Vec<(String, Bound<'_, PyAny>)>) -> PyResult<(Vec<Lent>, Aliases)> {
     objects.sort_by(|a, b| a.0.cmp(&b.0));
     let (mut found, mut tied): (Vec<Lent>, Vec<(String, String)>) = (Vec::with_capacity(objects.len()), Vec::new());
@@ -137,7 +138,7 @@ pub fn several(mut objects: Vec<(String, Bound<'_, PyAny>)>) -> PyResult<(Vec<Le
     for (name, object) in objects {
         let lent = one(&object, &name)?;
         let (begin, end) = lent.memory.extent();
-        // Of those before, which do not overlap, the last that begins before the end reaches farthest.
+        // Earlier objects do not overlap. So the last one that begins before the end also reaches farthest.
         let before = begins.range(..end).next_back().map(|(_, number): (_, &usize)| &found[*number]);
         match before.filter(|before| begin < end && before.memory.extent().1 > begin) {
             Some(before) if before.memory == lent.memory => tied.push((name, before.name.clone())),

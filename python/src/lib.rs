@@ -1,8 +1,8 @@
-//! The extension module of the Python package `ashore`: `ashore._ashore`. Its classes are thin; the package's
-//! own modules make the API of them.
+//! The extension module of the Python package `ashore`: `ashore._ashore`. Its classes are thin. The package's
+//! Python modules build the public API from them.
 //!
 //! # Safety argument
-//! The one unsafe call asks the interpreter for its number, while a thread of that interpreter is in this
+//! The only unsafe call asks the interpreter for its number, while a thread of that interpreter runs in this
 //! module.
 #![expect(unsafe_code, reason = "the number of the interpreter; argument above")]
 
@@ -35,12 +35,12 @@ fn unraisable(py: Python<'_>, exception: Bound<'_, PyAny>, object: Option<Bound<
     PyErr::from_value(exception).write_unraisable(py, object.as_ref());
 }
 
-/// Runs the program `ashore` with these arguments, of which the first is its name; returns its exit status.
+/// Runs the program `ashore` with these arguments, of which the first is its name. Returns its exit status.
 #[pyfunction]
 fn run(py: Python<'_>, arguments: Vec<OsString>) -> PyResult<u8> {
     errors::entry(py, || {
         let ended = py.detach(|| ashore_cli::run(arguments));
-        // An exit code does not tell its number.
+        // An exit code does not reveal its number, so the number is searched.
         Ok((0..=u8::MAX).find(|number| ExitCode::from(*number) == ended).unwrap_or(1))
     })
 }
@@ -51,7 +51,8 @@ fn panic_for_test(py: Python<'_>) -> PyResult<()> {
     errors::entry(py, || panic!("as the test asked"))
 }
 
-// Not tried without a GIL: a free-threaded interpreter for which it is built takes its GIL into use again.
+// The module is not tested without a GIL. A free-threaded interpreter for which it is built enables its GIL
+// again when it imports the module.
 #[pymodule(gil_used = true)]
 fn _ashore(module: &Bound<'_, PyModule>) -> PyResult<()> {
     // SAFETY: this thread has a state of the interpreter that imports the module.

@@ -1,7 +1,7 @@
-//! Tells the notifier thread of Python which saves have come to an end, are staged or are durable in a tier.
+//! Tells Python's notifier thread which saves have ended, are staged or are durable in a tier.
 //!
-//! Threads of the engine push numbers into a queue and never take the GIL. One thread of Python waits for
-//! them here without the GIL, and completes the futures.
+//! Threads of the engine push numbers to a queue and never take the GIL. One Python thread waits for the
+//! numbers here without the GIL, and completes the futures.
 
 use ashore::Save;
 use pyo3::prelude::*;
@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 
-/// A forked child gets a queue of its own: the parent's may have been locked at the fork. Forks within forks
-/// come round to the first one again.
+/// The queues. A forked child uses another queue, because the parent's may have been locked at the fork.
+/// Forks within forks reuse the first queue in the end.
 static QUEUES: [Queue; 16] = [const { Queue { state: Mutex::new(None), more: Condvar::new() } }; 16];
 static CURRENT: AtomicUsize = AtomicUsize::new(0);
 
@@ -30,7 +30,7 @@ struct Queue {
 #[derive(Default)]
 struct State {
     ready: Vec<u64>,
-    /// Futures that wake the queue.
+    /// Futures whose wakers push to the queue.
     futures: HashMap<u64, Box<dyn Any + Send>>,
     stopped: bool,
 }
@@ -46,7 +46,7 @@ impl Queue {
     }
 }
 
-/// Wakes the queue for one future.
+/// The waker of one future: it pushes the future's token to the queue.
 struct Token(u64);
 
 impl Wake for Token {
@@ -64,7 +64,7 @@ pub fn when_done(save: &Save, token: u64) {
 pub fn when_ready(mut future: impl Future + Unpin + Send + 'static, token: u64) {
     let waker = Waker::from(Arc::new(Token(token)));
     let queue = queue();
-    // The waker pushes under this lock: the token is not taken before its future is in the map.
+    // The waker pushes under this lock. So the token is not taken before its future is in the map.
     let mut state = queue.lock();
     let now = state.get_or_insert_default();
     match Pin::new(&mut future).poll(&mut Context::from_waker(&waker)) {
@@ -74,7 +74,7 @@ pub fn when_ready(mut future: impl Future + Unpin + Send + 'static, token: u64) 
     queue.more.notify_one();
 }
 
-/// Waits for the next tokens; returns an empty list once, when none are left after `notify_stop`.
+/// Waits for the next tokens. Returns an empty list once, when none are left after `notify_stop`.
 #[pyfunction]
 pub fn notify_next(py: Python<'_>) -> Vec<u64> {
     py.detach(|| {
@@ -86,7 +86,7 @@ pub fn notify_next(py: Python<'_>) -> Vec<u64> {
                 let ready = std::mem::take(&mut now.ready);
                 let done: Vec<_> = ready.iter().filter_map(|token| now.futures.remove(token)).collect();
                 drop(state);
-                // Not under the lock: its drop may drop a waker.
+                // The lock is not held here, because the drop of a future may drop a waker.
                 drop(done);
                 return ready;
             }
@@ -105,7 +105,7 @@ pub fn notify_stop() {
     queue().more.notify_all();
 }
 
-/// Forgets what the parent of a forked child waits for.
+/// Forgets the tokens that the parent of a forked child waits for.
 #[pyfunction]
 pub fn notify_forget() {
     CURRENT.fetch_add(1, Ordering::Relaxed);

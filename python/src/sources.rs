@@ -1,15 +1,16 @@
-//! From collected tensors to a state dict of the engine.
+//! Converts collected tensors to a state dict of the engine.
 //!
 //! # Safety argument
-//! A source is read by threads of the engine until the save is staged. The objects that own the memory (the
+//! Threads of the engine read a source until the save is staged. The objects that own the memory (the
 //! storages of torch's tensors, NumPy's arrays, capsules of DLPack) are in one Python list, to which each
-//! source has a reference, so the memory stays allocated as long. torch alone can free it under a reference,
-//! by `resize_` of a storage: the documentation forbids that between `save` and the fence. That nothing
-//! writes the memory between a save and the fence is what the caller of `CheckpointExecutor.save` promises;
-//! where that is broken, bytes are wrong and no memory is. Where an adapter says that memory is immutable,
-//! nothing writes it while its owner lives: XLA does not reuse the memory of an array while a capsule of it
-//! exists, and an adapter's own copies are known to it alone. The extents were checked against the storages.
-//! A stream is the one in which the library queues its work, which torch never destroys.
+//! source has a reference. So the memory stays allocated as long. Only torch can free it while it is
+//! referenced, by `resize_` of a storage: the documentation forbids that between `save` and the fence. The
+//! caller of `CheckpointExecutor.save` promises that nothing writes the memory between a save and the fence.
+//! Where the caller breaks this promise, bytes are wrong, but no memory access is invalid. Where an adapter
+//! declares memory immutable, nothing writes it while its owner lives: XLA does not reuse the memory of an
+//! array while a capsule of it exists, and only the adapter knows its own copies. The extents were checked
+//! against the storages. A stream is the one in which the library queues its work, which torch never
+//! destroys.
 #![expect(unsafe_code, reason = "sources over memory that Python objects own; argument above")]
 
 use crate::collect::{self, Found, Memory};
@@ -21,7 +22,7 @@ use pyo3::types::PyList;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Where a box lies: the shape of the whole tensor, and the index of the first element.
+/// The position of a box: the shape of the whole tensor, and the index of the first element.
 pub type Place = (Vec<usize>, Vec<usize>);
 
 /// Packed memory that nothing writes while its owner lives.
@@ -43,24 +44,24 @@ impl AsRef<[u8]> for Immutable {
 pub struct Item<'py> {
     pub name: String,
     pub object: Bound<'py, PyAny>,
-    /// How the object describes itself, where that is known.
+    /// How the object describes itself, if that is known.
     pub way: Option<Way>,
-    /// None: the object is the whole tensor.
+    /// The position of the object in a tensor. None: the object is the whole tensor.
     pub place: Option<Place>,
     pub capture: Option<Capture>,
 }
 
-/// What owns the memory of all tensors of a save. It is dropped by a thread of the engine without the GIL:
-/// the reference is then given back by the next call into this module.
+/// The owners of the memory of all tensors of a save. A thread of the engine drops it without the GIL. The
+/// next call into this module then releases the reference.
 type Keep = Arc<Py<PyList>>;
 
-/// The streams of the devices that a save had tensors on, and how to ask for the current one: of each device
-/// one for the library that says its stream, and one for all others.
+/// The streams of the devices with tensors of a save, and how to ask for the current stream. Each device has
+/// one entry for libraries that tell their stream, and one for all others.
 pub type Devices = HashMap<(i32, bool), (DeviceStream<'static>, Way)>;
 
-/// Finds the memory of `items` and adds them to `state`. `seen` has the memory of the tensors of the last
-/// save, in order, and gets that of this one. `extra` is kept alive, too. `immutable` says that nothing
-/// writes the memory while its owner lives: then no fence is needed.
+/// Finds the memory of `items` and adds them to `state`. `seen` holds the memory of the tensors of the last
+/// save, in order, and is replaced by that of this save. `extra` is kept alive, too. `immutable` declares
+/// that nothing writes the memory while its owner lives: then no fence is needed.
 ///
 /// # Errors
 /// `InvalidError`, naming the tensor.
@@ -113,8 +114,8 @@ pub fn add<'py>(
     Ok(devices)
 }
 
-/// For each item, which earlier one holds its bytes: one that is the same memory. An item that is captured in
-/// the call has its holder captured: the bytes are read once.
+/// For each item, returns the earlier item with the same memory, which holds its bytes. If an item is
+/// captured in the call, its holder is captured, too: the bytes are read once.
 fn holders(items: &mut [Item<'_>], memories: &[Memory]) -> Vec<Option<usize>> {
     let mut first: HashMap<&Memory, usize, foldhash::fast::FixedState> = HashMap::default();
     first.reserve(memories.len());
@@ -131,7 +132,8 @@ fn holders(items: &mut [Item<'_>], memories: &[Memory]) -> Vec<Option<usize>> {
     holders
 }
 
-/// torch's streams live as long as the process, and so does the legacy stream.
+/// Extends the lifetime of a stream: torch's streams live as long as the process, and so does the legacy
+/// stream.
 fn promised(stream: DeviceStream<'_>) -> DeviceStream<'static> {
     // SAFETY: see the safety argument.
     unsafe { DeviceStream::new(stream.ordinal(), stream.handle()) }
@@ -147,7 +149,7 @@ fn put(
     immutable: bool,
 ) -> PyResult<()> {
     let (dtype, shape) = (memory.dtype, &memory.shape[..]);
-    // A tensor without elements has no address.
+    // A tensor without elements has no address, so it gets an aligned one.
     let address = memory.address.max(std::mem::align_of::<u64>());
     match (stream, &memory.strides) {
         (None, None) if immutable => {
@@ -195,7 +197,7 @@ fn insert(
     added.or_raise(py).map(drop)
 }
 
-/// The current streams of the devices of a save, each once.
+/// Returns the current streams of the devices of a save, each once.
 pub fn current(devices: &[(i32, Way)], py: Python<'_>) -> PyResult<Vec<DeviceStream<'static>>> {
     let mut streams = Vec::with_capacity(devices.len());
     for &(id, way) in devices {
@@ -208,7 +210,7 @@ pub fn current(devices: &[(i32, Way)], py: Python<'_>) -> PyResult<Vec<DeviceStr
     Ok(streams)
 }
 
-/// A stream that the program gives by its handle.
+/// Makes a stream from the handle that the program gives.
 pub fn given(ordinal: u32, handle: usize) -> DeviceStream<'static> {
     // SAFETY: the documentation of `fence` requires a stream of that device that is alive.
     unsafe { DeviceStream::new(ordinal, handle) }

@@ -1,11 +1,11 @@
-//! Reading into memory that Python objects own.
+//! Reads tensors into memory that Python objects own.
 //!
 //! # Safety argument
-//! A target is memory that an object describes, which this call holds. Before anything is read, each target
-//! is found writable, its shape is that of the region that is read, and the extents of no two targets
-//! overlap: each slice is then the only one of its memory in this library. That no other thread of the
-//! program uses the memory meanwhile is what the caller of `read_into` promises; where that is broken, values
-//! are torn, as in any library that fills tensors without the GIL.
+//! A target is memory that an object describes, and this call holds the object. Before anything is read, each
+//! target is checked to be writable, its shape is compared with that of the region that is read, and the
+//! extents of no two targets overlap. So each slice is the only one of its memory in this library. The caller
+//! of `read_into` promises that no other thread of the program uses the memory meanwhile. Where the caller
+//! breaks this promise, values are torn, as in any library that fills tensors without the GIL.
 #![expect(unsafe_code, reason = "slices of memory that Python objects own; argument above")]
 
 use crate::collect::{self, Found};
@@ -17,24 +17,24 @@ use pyo3::prelude::*;
 use std::collections::HashMap;
 use std::ops::Range;
 
-/// The bytes of the largest element.
+/// The length of the largest element in bytes.
 const SCALAR: usize = 8;
 
-/// Begin and end in each dimension.
+/// The begin and the end in each dimension.
 pub type Region = Vec<(usize, usize)>;
 
-/// What is read, and to where.
+/// The source and the target of a read.
 pub struct Wanted<'py> {
     pub name: String,
     pub object: Bound<'py, PyAny>,
-    /// None: the whole tensor.
+    /// The region that is read. None: the whole tensor.
     pub region: Option<Region>,
 }
 
-/// Fills all targets. With `needs_device` the checkpoint has no device for targets in its memory.
+/// Fills all targets. With `needs_device`, the checkpoint has no device for targets in device memory.
 ///
 /// # Errors
-/// `InvalidError`, naming the tensor, for a target of another dtype or shape, and for one that cannot be
+/// `InvalidError`, naming the tensor, for a target of another dtype or shape, and for a target that cannot be
 /// written, has elements that overlap, or shares memory with another. `NotFoundError` for a name that the
 /// checkpoint does not have.
 pub fn read(
@@ -50,14 +50,15 @@ pub fn read(
         founds.push(fitting(py, checkpoint, want)?);
     }
     let again = same_memory(py, checkpoint, &wanted, &founds)?;
-    // Where a scalar is read to whose own memory is filled under another name: it has no part to leave out.
+    // The targets of scalars whose own memory is filled under another name: no part of a scalar can be left
+    // out.
     let mut spare = vec![[0_u8; SCALAR]; again.len()];
     let mut spare = spare.iter_mut();
     let mut targets = if strict { Targets::new().strict() } else { Targets::new() };
     let mut streams: HashMap<(i32, bool), usize> = HashMap::new();
     for (number, (want, Found { memory, .. })) in wanted.iter().zip(&founds).enumerate() {
         if again.contains(&number) {
-            // Its memory is filled under the other name. A target without bytes counts as asked for.
+            // The memory is filled under the other name. A target without bytes counts as requested.
             let name = want.name.as_str();
             let scalar = spare.next().and_then(|bytes| bytes.get_mut(..memory.bytes() as usize));
             targets = match (memory.shape.len(), scalar) {
@@ -114,7 +115,7 @@ pub fn read(
         };
     }
     let on_device = founds.iter().any(|found| !found.memory.on_host());
-    // The GIL is given up; `wanted` and `founds` hold the objects.
+    // The GIL is released. `wanted` and `founds` hold the objects.
     let read = || match needs_device && on_device {
         true => checkpoint.clone().with_device(DeviceChoice::Auto)?.read_into(targets),
         false => checkpoint.read_into(targets),
@@ -123,7 +124,7 @@ pub fn read(
     py.check_signals()
 }
 
-/// Finds the memory of a target that fits what is read.
+/// Finds the memory of a target, and checks that it fits the tensor or region that is read.
 fn fitting(py: Python<'_>, checkpoint: &Checkpoint, want: &Wanted<'_>) -> PyResult<Found> {
     let stored = checkpoint.tensor(&want.name).or_raise(py)?;
     let found = collect::find(&want.object, &want.name, None)?;
@@ -146,10 +147,10 @@ fn fitting(py: Python<'_>, checkpoint: &Checkpoint, want: &Wanted<'_>) -> PyResu
     Ok(found)
 }
 
-/// Finds targets in the same memory as another: those of tied tensors are read once.
+/// Finds targets in the same memory as another target: targets of tied tensors are read once.
 ///
 /// # Errors
-/// `InvalidError` for targets that overlap otherwise, or whose tensors are stored apart.
+/// `InvalidError` for targets that overlap in another way, or whose tensors are stored apart.
 fn same_memory(
     py: Python<'_>,
     checkpoint: &Checkpoint,
@@ -170,7 +171,7 @@ fn same_memory(
             let ((device, (begin, end)), (other_device, (_, other_end))) = (extent(number), extent(before));
             if device == other_device && begin < other_end {
                 let (one, two) = (&wanted[before], &wanted[number]);
-                // Other strides or another shape put other elements at an address.
+                // With other strides or another shape, other elements would be at the same address.
                 let layout =
                     |number: usize| founds.get(number).map(|found| (&found.memory.shape, &found.memory.strides));
                 let same =
@@ -189,7 +190,7 @@ fn same_memory(
     Ok(again)
 }
 
-/// Whether two names have the same bytes, by their digests.
+/// Whether two tensors have the same bytes, by their digests.
 fn tied(checkpoint: &Checkpoint, one: &str, other: &str) -> bool {
     let Ok(contents) = checkpoint.contents() else { return false };
     let digests = |name: &str| {

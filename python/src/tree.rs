@@ -1,10 +1,10 @@
-//! A state of nested containers, to named leaves and back.
+//! Converts a state of nested containers to named leaves, and back.
 //!
 //! The name of a leaf is the path to it, joined by dots. The *shape* of the tree (its containers and keys) is
-//! text that is saved beside the leaves, because names alone do not tell a dot in a key from a level, or a
-//! list from a dict. It is JSON: `0` is a tensor, `1` a value, and an array is a container: its kind (`"d"` a
-//! dict, `"o"` an `OrderedDict`, `"l"` a list, `"t"` a tuple), then its items, each item of a dict after its
-//! key.
+//! text that is saved beside the leaves, because names alone do not distinguish a dot in a key from a level,
+//! or a list from a dict. The shape is JSON: `0` is a tensor, `1` a value, and an array is a container. The
+//! array begins with its kind (`"d"` a dict, `"o"` an `OrderedDict`, `"l"` a list, `"t"` a tuple). Its items
+//! follow, each item of a dict after its key.
 
 use crate::errors::invalid;
 use crate::leaf::{self, Leaf, Way, type_name};
@@ -17,7 +17,7 @@ use serde_json::Value as Json;
 use std::collections::HashSet;
 use std::fmt::Write;
 
-/// The key of the metadata that has the shape of the tree.
+/// The key of the metadata that contains the shape of the tree.
 pub const SHAPE: &str = "ashore.tree";
 
 /// How deep containers may nest.
@@ -43,11 +43,11 @@ pub struct Leaves<'py> {
 }
 
 impl<'py> Leaves<'py> {
-    /// The leaves of `state`.
+    /// Collects the leaves of `state`.
     ///
     /// # Errors
-    /// `InvalidError`, naming the place, for an object that cannot be saved, keys that are neither text nor
-    /// integers above tensors, and two leaves of the same name.
+    /// `InvalidError`, naming the place, for an object that cannot be saved, for keys above tensors that are
+    /// neither text nor integers, and for two leaves of the same name.
     pub fn of(state: &Bound<'py, PyAny>) -> PyResult<Self> {
         let py = state.py();
         match leaf::of(state)? {
@@ -79,7 +79,7 @@ fn same_name(py: Python<'_>, name: &str) -> PyErr {
 
 struct Walk<'py> {
     leaves: Leaves<'py>,
-    /// The name of where the walk is.
+    /// The name of the present position of the walk.
     path: String,
 }
 
@@ -157,7 +157,7 @@ impl<'py> Walk<'py> {
         Ok(())
     }
 
-    /// Goes down to a key.
+    /// Descends to a key.
     fn key(&mut self, key: &Bound<'py, PyAny>) -> PyResult<()> {
         self.leaves.shape.push(',');
         if let Ok(text) = key.cast_exact::<PyString>() {
@@ -191,7 +191,7 @@ impl<'py> Walk<'py> {
         if !self.path.is_empty() {
             self.path.push('.');
         }
-        // Writing to a string does not fail.
+        // Writing to a string never fails.
         let _ = write(&mut self.path);
     }
 
@@ -227,25 +227,25 @@ impl<'py> Walk<'py> {
     }
 }
 
-/// Whether a dict has keys, and all can be parts of names.
+/// Whether a dict has keys that can all be parts of names.
 fn has_names(object: &Bound<'_, PyAny>) -> PyResult<bool> {
     let dict = object.cast::<PyDict>()?;
     let name = |key: &Bound<'_, PyAny>| key.is_exact_instance_of::<PyString>() || number(key).is_some();
     Ok(!dict.is_empty() && dict.iter().all(|(key, _)| name(&key)))
 }
 
-/// The number of a key that is an integer of 64 bits.
+/// Returns the number of a key that is an integer of 64 bits.
 fn number(key: &Bound<'_, PyAny>) -> Option<i64> {
     key.cast_exact::<PyInt>().ok()?.extract().ok()
 }
 
-/// What a tree is put together from.
+/// The parts from which a tree is rebuilt.
 pub trait Parts<'py> {
     fn tensor(&self, name: &str) -> PyResult<Bound<'py, PyAny>>;
     fn value(&self, name: &str) -> PyResult<Bound<'py, PyAny>>;
 }
 
-/// Puts a tree together from its shape and its leaves.
+/// Rebuilds a tree from its shape and its leaves.
 pub fn rebuild<'py>(py: Python<'py>, shape: &str, parts: &impl Parts<'py>) -> PyResult<Bound<'py, PyAny>> {
     let shape: Json = serde_json::from_str(shape).map_err(|e| unknown(py, &e.to_string()))?;
     build(py, &shape, &mut String::new(), parts)

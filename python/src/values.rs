@@ -1,4 +1,4 @@
-//! Plain Python values, to the engine's [`Value`] and back.
+//! Converts plain Python values to the engine's [`Value`], and back.
 
 use crate::errors;
 use crate::leaf::{self, Leaf};
@@ -7,13 +7,14 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBool, PyBytes, PyComplex, PyDict, PyFloat, PyFrozenSet, PyInt, PyList, PySet, PyString, PyTuple};
 
-/// How deep values may nest: the engine refuses more, and this keeps the recursion from the end of the stack.
+/// How deep values may nest. The engine refuses deeper values, and this limit keeps the recursion from
+/// overflowing the stack.
 const MAX_DEPTH: usize = 120;
 
-/// The value of a Python object.
+/// Returns the value of a Python object.
 ///
 /// # Errors
-/// `InvalidError`, naming `name`, for an object of another type than those that come back as they were.
+/// `InvalidError`, naming `name`, for an object of a type that cannot be restored as it was.
 pub fn encode(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Value> {
     Encoder { name }.value(object, 0)
 }
@@ -75,7 +76,7 @@ impl Encoder<'_> {
         let plain = match kind.as_str() {
             "M" | "m" => scalar.call_method1("astype", ("int64",))?.call_method0("item")?,
             "V" if !dtype.getattr("names")?.is_none() => return Err(self.refused(scalar)?),
-            // The bfloat16 and 8-bit floats of `ml_dtypes`.
+            // This is a bfloat16 or an 8-bit float of `ml_dtypes`.
             "V" => match scalar.call_method0("__float__") {
                 Ok(float) => float,
                 Err(_) => return Err(self.refused(scalar)?),
@@ -85,7 +86,7 @@ impl Encoder<'_> {
         };
         let same = plain.get_type().is(scalar.get_type());
         if same {
-            // `longdouble.item()` returns itself: it has no plain value.
+            // `longdouble.item()` returns itself, so it has no plain value.
             return Err(self.refused(scalar)?);
         }
         let name: String = dtype.str()?.extract()?;
@@ -97,7 +98,7 @@ impl Encoder<'_> {
     }
 }
 
-/// Why an object is not a value.
+/// Returns the reason why an object is not a value.
 pub fn refusal(object: &Bound<'_, PyAny>) -> PyResult<String> {
     let of = leaf::type_name(object)?;
     Ok(match leaf::of(object)? {
@@ -119,7 +120,7 @@ fn int(object: &Bound<'_, PyAny>) -> PyResult<Value> {
     Ok(Value::Big(object.call_method1("__format__", ("x",))?.extract()?))
 }
 
-/// The Python object of a value.
+/// Returns the Python object of a value.
 pub fn decode<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>> {
     let items = |items: &[Value]| items.iter().map(|item| decode(py, item)).collect::<PyResult<Vec<_>>>();
     let pairs = |pairs: &[(Value, Value)]| {

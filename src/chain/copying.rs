@@ -7,14 +7,14 @@ use crate::memory::ALIGNMENT;
 use crate::storage::{Reading, Storage, Writing};
 use std::sync::Arc;
 
-/// Bytes that are copied at once.
+/// The number of bytes that are copied at once.
 const PIECE: usize = 8 << 20;
 
-/// Makes the version `name` in `storage` durable: `fill` writes its files.
+/// Writes the version `name` to `storage` and makes it durable. `fill` writes its files.
 ///
 /// # Errors
-/// `Conflict` when the version exists; `Indeterminate` when it is unknown whether it does. After any other
-/// error nothing is left of it.
+/// `Conflict` when the version exists; `Indeterminate` when it is unknown whether the version exists. After
+/// any other error nothing of the version is left.
 pub(super) fn commit(
     storage: &dyn Storage,
     name: &str,
@@ -33,10 +33,11 @@ pub(super) fn commit(
     }
 }
 
-/// Copies every file of `from` to `to`, and returns their length: it is short when files went away meanwhile.
+/// Copies every file of `from` to `to` and returns their total length. The length is short when files went
+/// away meanwhile.
 ///
 /// # Errors
-/// Those of both storages, with the name of the file.
+/// Errors of both storages, with the name of the file.
 pub(super) fn copy(from: &dyn Reading, to: &dyn Writing) -> Result<u64> {
     let (mut piece, mut copied) = (aligned(PIECE as u64)?, 0);
     for name in from.list()? {
@@ -53,7 +54,7 @@ pub(super) fn copy(from: &dyn Reading, to: &dyn Writing) -> Result<u64> {
         let mut at = 0;
         while at < length {
             let wanted = (length - at).min(PIECE as u64) as usize;
-            // The last piece is padded; the seal cuts the padding off.
+            // The last piece is padded. Sealing the file cuts the padding off.
             let written = wanted.next_multiple_of(ALIGNMENT);
             file.read_at(at, &mut piece[..wanted])?;
             made.write_at(at, &piece[..written])?;

@@ -1,4 +1,4 @@
-//! Two copies of the weights: readers use one while the other is brought to the next version.
+//! Two copies of the weights: readers use one copy while the other is brought to the next version.
 
 use super::inventory::Inventory;
 use super::reading::Delta;
@@ -9,13 +9,14 @@ use crate::sync::{Mutex, lock};
 use std::fmt;
 use std::sync::Arc;
 
-/// Gives readers the newest version: see [`Follow::reader`](super::Follow::reader). Clones show the same.
+/// Gives readers the newest version: see [`Follow::reader`](super::Follow::reader). All clones return the
+/// same version.
 #[derive(Clone)]
 pub struct Reader(Arc<Mutex<Arc<Weights<'static>>>>);
 
 impl Reader {
-    /// The newest version, which does not change while the returned value is kept. Never waits for an update:
-    /// a lock is held for a few instructions.
+    /// Returns the newest version, which does not change while the returned value is kept. Never waits for an
+    /// update: a lock is held for a few instructions.
     pub fn get(&self) -> Arc<Weights<'static>> {
         lock(&self.0).clone()
     }
@@ -32,7 +33,7 @@ pub(super) struct Double {
     shown: Reader,
     /// The older copy.
     back: Option<Arc<Weights<'static>>>,
-    /// What the older copy lacks.
+    /// The delta that the older copy lacks.
     lag: Option<(Delta, Inventory)>,
 }
 
@@ -51,8 +52,8 @@ impl Double {
         self.shown.clone()
     }
 
-    /// A copy of the newest version that no reader has: the older one with what it lacks, where its last
-    /// reader has left it, otherwise a new one.
+    /// Returns a copy of the newest version that no reader uses: the older copy with the delta that it lacks
+    /// if no reader uses it any more, otherwise a new copy.
     fn spare(&mut self) -> Result<Weights<'static>> {
         let back = self.back.take().and_then(Arc::into_inner);
         match (back, self.lag.take()) {
@@ -64,7 +65,7 @@ impl Double {
         }
     }
 
-    /// Applies a checked delta to the other copy, and then shows that one.
+    /// Applies a checked delta to the other copy, and then shows that copy to readers.
     pub fn apply(&mut self, delta: Delta, after: Inventory) -> Result<()> {
         let mut next = self.spare()?;
         next.apply(&delta, after.clone())?;
@@ -73,9 +74,9 @@ impl Double {
         Ok(())
     }
 
-    /// Loads a full, and then shows it.
+    /// Loads a full, and then shows it to readers.
     pub fn load(&mut self, full: &Checkpoint, inventory: Inventory) -> Result<()> {
-        // The older copy's memory is used again.
+        // The memory of the older copy is reused.
         let mut next = self.back.take().and_then(Arc::into_inner).unwrap_or_default();
         self.lag = None;
         next.load(full, inventory)?;

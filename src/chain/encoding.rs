@@ -1,4 +1,4 @@
-//! What the publisher holds of a version, and the delta from one to the next.
+//! The publisher's copy of a version, and the delta from one version to the next.
 
 use super::inventory::{Holding, Inventory};
 use super::reading::aligned;
@@ -20,16 +20,16 @@ use std::sync::Arc;
 pub(super) struct Held {
     pub holding: Holding,
     pub inventory: Inventory,
-    /// By the number of the tensor; those of aliases are empty.
+    /// By the number of the tensor. The entries of aliases are empty.
     parts: Vec<(Arc<Vec<u8>>, Range<usize>)>,
-    /// The files of the step, if it was staged here.
+    /// The files of the step, if it was staged by this publisher.
     pub files: Option<Arc<Files>>,
     /// The length of those files.
     pub bytes: u64,
 }
 
 impl Held {
-    /// The step `name` that was staged in `memory`, and is removed from there.
+    /// Reads the step `name` that was staged in `memory`, and removes it from there.
     ///
     /// # Errors
     /// `Invalid` when a tensor lies in several boxes.
@@ -54,7 +54,7 @@ impl Held {
         Ok((Self { holding, inventory, parts, files: Some(files), bytes }, step))
     }
 
-    /// What was read from a chain.
+    /// A version that was read from a chain.
     pub fn read(weights: Weights<'static>, holding: Holding, bytes: u64) -> Self {
         let (inventory, memory) = weights.into_memory();
         let parts = memory.into_iter().map(|bytes| {
@@ -90,26 +90,27 @@ impl Encoded {
     /// Writes its files.
     ///
     /// # Errors
-    /// Those of the storage.
+    /// Errors of the storage.
     pub fn write(&self, to: &dyn Writing) -> Result<()> {
         to.put(FILE, &self.file)?;
         to.put(MANIFEST, &self.text)
     }
 }
 
-/// A patch, with the positions that it changes; None until a thread has made it.
+/// A patch, with the positions that it changes. None until a thread has made the patch.
 type Made = Mutex<Option<(Patch, Vec<u64>)>>;
 
-/// The delta from `base` to `new`, which has the same names, dtypes and shapes, with the values and metadata
-/// of `step`. Every patch is checked as a follower would, against the digest that the save computed.
+/// Returns the delta from `base` to `new`, which has the same names, dtypes and shapes, with the values and
+/// metadata of `step`. Every patch is checked against the digest that the save computed, as a follower would
+/// check it.
 ///
 /// # Errors
-/// `Internal` when a patch would not give `new`: nothing must be published then.
+/// `Internal` when a patch would not result in `new`: nothing must be published then.
 pub(super) fn encode(base: &Held, new: &Held, step: &Checkpoint, form: Form) -> Result<Encoded> {
     let patches: Vec<Made> = new.inventory.tensors.iter().map(|_| Mutex::new(None)).collect();
     in_parallel(patches.len(), |number| {
         let (old, tensor) = (&base.inventory.tensors[number], &new.inventory.tensors[number]);
-        // A digest of 64 bits stands for the bytes, as it does on disk.
+        // A digest of 64 bits stands for the bytes, as in the files on disk.
         if tensor.holder != number || old.digest == tensor.digest {
             return Ok(());
         }
@@ -162,7 +163,7 @@ fn column(bytes: &[u8], plain: u64) -> Column {
     Column { name: String::new(), begin: 0, length: bytes.len() as u64, plain, digest: Digest::of(bytes) }
 }
 
-/// A patch as it is written, and the lengths of its columns before that.
+/// Returns the patch as it is written, and the lengths of its columns before compression.
 fn packed(mut patch: Patch, form: Form) -> Result<(Patch, Vec<u64>)> {
     let plain = patch.columns.iter().map(|column| column.len() as u64).collect();
     if form == Form::Zstd {

@@ -17,11 +17,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The length of a delta, and of what it stands for.
+/// The length of a delta, and of the step that it describes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[non_exhaustive]
 pub struct Report {
-    /// The version that the delta gives.
+    /// The version that results from the delta.
     pub version: u64,
     /// How many elements changed.
     pub changed: u64,
@@ -31,7 +31,7 @@ pub struct Report {
     pub full_bytes: u64,
 }
 
-/// Writes the delta that makes the step `step` of the step `base` as the directory `to`.
+/// Writes the delta from the step `base` to the step `step` as the directory `to`.
 ///
 /// # Errors
 /// `Invalid` when the steps differ in names, dtypes or shapes, or `step` is not later than `base`; `Conflict`
@@ -53,10 +53,10 @@ pub fn delta_file(base: &Path, step: &Path, form: Form, to: &Path) -> Result<Rep
     Ok(Report { version, changed: delta.changed(), bytes: delta.bytes(), full_bytes })
 }
 
-/// Applies deltas to the step `base`, in this order, and writes what results as the step `to`.
+/// Applies deltas to the step `base`, in the given order, and writes the result as the step `to`.
 ///
 /// # Errors
-/// `Invalid` when a delta was made for another base, `Corrupt` when it is damaged; `Conflict` when the
+/// `Invalid` when a delta was made for another base, `Corrupt` when a delta is damaged; `Conflict` when the
 /// directory exists. Nothing is written then.
 pub fn apply_files<P: AsRef<Path>>(base: &Path, deltas: &[P], to: &Path) -> Result<Report> {
     let step = Checkpoint::open(base)?;
@@ -94,12 +94,12 @@ pub fn apply_files<P: AsRef<Path>>(base: &Path, deltas: &[P], to: &Path) -> Resu
         debug_assert!(tensor.holder < number);
         state.alias(tensor.name.clone(), &inventory.tensors[tensor.holder].name)?;
     }
-    // A storage of its own, because the executor would make the root of another one.
+    // The storage is opened here, because an executor without a storage would create a missing root.
     let (storage, name) = place(to)?;
     let parent = storage.path();
     let builder =
         CheckpointExecutor::builder(parent).alone().no_tier_from_env().storage(Arc::new(storage)).arena(64 << 20);
-    // The directory is the user's.
+    // The directory belongs to the user.
     let executor = builder.run_log(false).build()?;
     let mut options = SaveOptions::default().directory(to);
     options.attempt = attempt;

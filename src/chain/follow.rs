@@ -1,4 +1,4 @@
-//! The follower: brings the memory of another process to each new version.
+//! The follower: it brings the memory of another process to each new version.
 
 use super::copying::{commit, copy};
 use super::double::{Double, Reader};
@@ -21,18 +21,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How often a follower lists the versions again when one goes away while it is read.
+/// How often a follower lists the versions again when a version goes away while it is read.
 const TRIES: usize = 8;
 
-/// How weights get from one version to the next.
+/// How weights change from one version to the next.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Switch {
-    /// One copy, which is written in place, in the call that applies the update: nothing may read it then.
-    /// Everything is checked before the first write.
+    /// One copy, which the call that applies the update writes in place: no thread may read the copy during
+    /// that call. Everything is checked before the first write.
     #[default]
     InPlace,
-    /// Two copies: the other one is brought to the new version, and then [`Reader`]s are shown that.
+    /// Two copies: the copy that no reader uses is brought to the new version, and then shown to [`Reader`]s.
     Double,
 }
 
@@ -48,8 +48,8 @@ pub struct Follower {
 }
 
 impl Follower {
-    /// Keeps a chain of its own in the directory `path`: each version is copied there, and is durable there,
-    /// before the weights become it. A restart begins with it.
+    /// Keeps a chain of its own in the directory `path`. Each version is copied to that directory and made
+    /// durable there before the weights become that version. A restart begins with the newest version in it.
     ///
     /// # Errors
     /// When the directory cannot be made or opened.
@@ -75,19 +75,20 @@ impl Follower {
         self
     }
 
-    /// Sets whether a version is made durable where it was published, before the weights become it. Default:
-    /// true. Without it, and after a power cut at the publisher, weights can be a version that is gone; the
-    /// next update then loads a full. For mounts on which files cannot be fsynced.
+    /// Sets whether a version is made durable where it was published, before the weights become that version.
+    /// Default: true. With false, after a power cut at the publisher, weights can be a version that is gone;
+    /// the next update then loads a full. Use false for mounts on which files cannot be fsynced.
     pub fn confirm(mut self, confirm: bool) -> Self {
         self.confirm = confirm;
         self
     }
 
-    /// Begins with `weights`, which become the newest version of the follower's own copy, if there is one.
+    /// Begins with `weights`, which become the newest version of the follower's own copy, if there is such a
+    /// copy.
     ///
     /// # Errors
-    /// `Invalid` when memory is lent and the switch is [`Switch::Double`]. Errors of the own copy: it can be
-    /// deleted.
+    /// `Invalid` when memory is lent and the switch is [`Switch::Double`]. Errors of the own copy, which can
+    /// be deleted.
     pub fn start(self, weights: Weights<'_>) -> Result<Follow<'_>> {
         let held = match self.switch {
             Switch::InPlace => Held::InPlace(weights),
@@ -115,7 +116,7 @@ impl Follower {
     }
 }
 
-/// Follows a chain: a copy of the weights that becomes each new version.
+/// Follows a chain: holds a copy of the weights and brings it to each new version.
 ///
 /// ```
 /// # use ashore::chain::{Follow, Publisher, Switch, Weights};
@@ -141,7 +142,7 @@ pub struct Follow<'a> {
     held: Held<'a>,
     cache: Cache,
     watch: Watch,
-    /// Fulls that were found damaged: other ways are tried first.
+    /// Fulls that were found damaged. Other ways are tried first.
     refused: Vec<Node>,
 }
 
@@ -162,7 +163,7 @@ impl std::fmt::Debug for Held<'_> {
 /// A version that was read, checked and made durable, and not yet applied.
 pub struct Update {
     what: What,
-    /// What it was checked against.
+    /// The version that the update was checked against. None: no version yet.
     base: Option<Holding>,
     becomes: Holding,
     bytes: u64,
@@ -181,19 +182,19 @@ pub struct Changed {
     pub name: String,
     /// Its dtype.
     pub dtype: Dtype,
-    /// Indices of elements, in ascending order; None: the whole tensor.
+    /// Indices of the elements that change, in ascending order. None: the whole tensor.
     pub indices: Option<Vec<u64>>,
-    /// Their new values, little-endian, one behind the other.
+    /// Their new values, little-endian, one after the other.
     pub values: Vec<u8>,
 }
 
 impl Update {
-    /// The version that the weights become.
+    /// The version of the weights after the update.
     pub fn version(&self) -> u64 {
         self.becomes.version
     }
 
-    /// Whether it is read whole, and not put on what is there.
+    /// Whether the version is read whole, not applied to the weights as a delta.
     pub fn is_full(&self) -> bool {
         matches!(self.what, What::Full(..))
     }
@@ -208,10 +209,10 @@ impl Update {
         self.values().keys().map(String::as_str)
     }
 
-    /// Decodes the value `name` that was published with the version: the number of a training step, say.
+    /// Decodes the value `name` that was published with the version, such as the number of a training step.
     ///
     /// # Errors
-    /// `NotFound` when there is none, `Invalid` when it is not a `T`; both name version and value.
+    /// `NotFound` when there is no such value, `Invalid` when it is not a `T`; both name version and value.
     pub fn value<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         let none = || Error::new(ErrorKind::NotFound, format!("no such value in the version value={name:?}"));
         let value = self.values().get(name).ok_or_else(none).and_then(|value| {
@@ -229,11 +230,11 @@ impl Update {
         }
     }
 
-    /// What a delta changes in the weights that it was made for, tensor by tensor, for memory that this
-    /// library does not write: `index_copy_` on a GPU. Empty for a full.
+    /// Returns what a delta changes in the weights that it was made for, tensor by tensor. It is for memory
+    /// that this library does not write, such as `index_copy_` on a GPU. Empty for a full.
     ///
     /// # Errors
-    /// `Invalid` when these are not those weights.
+    /// `Invalid` when `weights` are not the weights that the delta was made for.
     pub fn changes(&self, weights: &Weights<'_>) -> Result<Vec<Changed>> {
         let What::Delta(delta, _) = &self.what else { return Ok(Vec::new()) };
         if weights.holding() != self.base {
@@ -269,10 +270,10 @@ impl Follow<'_> {
     /// Returns a builder of a follower of the chain in `root`, a directory or a URL.
     ///
     /// # Errors
-    /// Those of [`storage::at`](crate::storage::at): `NotFound` when there is no such directory.
+    /// Errors of [`storage::at`](crate::storage::at): `NotFound` when there is no such directory.
     pub fn open(root: impl AsRef<Path>) -> Result<Follower> {
         let follower = Self::over(storage::at(root.as_ref())?);
-        // Nothing happens in what a URL names, taken as a path: then there is no watch.
+        // A URL taken as a path names no directory with events: then there is no watch.
         Ok(Follower { root: Some(root.as_ref().into()), ..follower })
     }
 
@@ -290,7 +291,7 @@ impl Follow<'_> {
         }
     }
 
-    /// What gives other threads the newest version; None with [`Switch::InPlace`].
+    /// Returns a reader that gives other threads the newest version. None with [`Switch::InPlace`].
     pub fn reader(&self) -> Option<Reader> {
         match &self.held {
             Held::InPlace(_) => None,
@@ -298,13 +299,13 @@ impl Follow<'_> {
         }
     }
 
-    /// The version that the weights are.
+    /// The present version of the weights.
     pub fn version(&self) -> Option<u64> {
         self.weights().version()
     }
 
-    /// Waits until there is a newer version, and applies all that are there. Returns the version that the
-    /// weights are now, or None when `timeout` passed first.
+    /// Waits until there is a newer version, and applies all newer versions. Returns the version of the
+    /// weights after that, or None when `timeout` passed first.
     ///
     /// # Errors
     /// As [`Follow::next`] and [`Follow::apply`]; versions before the one that failed are applied.
@@ -317,14 +318,14 @@ impl Follow<'_> {
         Ok(Some(version))
     }
 
-    /// Waits until there is a newer version; reads and checks the first update on the way to the newest that
-    /// reads the fewest bytes, and makes it durable. Nothing is written to the weights. Returns None when
-    /// `timeout` passed first.
+    /// Waits until there is a newer version. Reads and checks the first update on the way to the newest
+    /// version that reads the fewest bytes, and makes that update durable. Nothing is written to the weights.
+    /// Returns None when `timeout` passed first.
     ///
     /// # Errors
-    /// Errors of the storages. `Invalid` when a version was made for other weights, `Corrupt` when it is not
-    /// what was written, `NoSpace` when the own copy has no space; each names version and path, and the
-    /// tensor, if it is one. The weights are as they were, and a later call tries again.
+    /// Errors of the storages. `Invalid` when a version was made for other weights, `Corrupt` when its bytes
+    /// differ from what was written, `NoSpace` when the own copy has no space. Each error names version and
+    /// path, and the tensor, if it concerns one. The weights stay unchanged, and a later call tries again.
     pub fn next(&mut self, timeout: Duration) -> Result<Option<Update>> {
         let deadline = deadline_after(timeout);
         loop {
@@ -339,12 +340,13 @@ impl Follow<'_> {
         }
     }
 
-    /// Applies an update, which the weights have not changed since. Returns the version that they are now.
+    /// Applies an update. The weights must not have changed since it was read. Returns their version after
+    /// that.
     ///
     /// # Errors
     /// `Invalid` when the weights are another version than the update was read for. With two copies, the
-    /// weights are as they were after any error. In place, a failed read of a full leaves them unusable until
-    /// the next full; a delta has been checked and does not fail.
+    /// weights stay unchanged after any error. In place, a failed read of a full leaves them unusable until
+    /// the next full; a delta was checked before and does not fail.
     pub fn apply(&mut self, update: Update) -> Result<u64> {
         let version = self.put(update)?;
         if self.settings.own.is_some() {
@@ -380,7 +382,7 @@ impl Follow<'_> {
             listing.items.retain(|item| item.base.is_some() || !self.refused.contains(&item.node()));
             let held = self.weights().holding().map(|holding| (holding.version, holding.attempt));
             let Some((target, way)) = listing.ahead(held) else {
-                // No way is left: the next call tries all of them again.
+                // Every way failed. The next call tries all ways again.
                 let refused = std::mem::take(&mut self.refused);
                 match failed {
                     Some(error) => return Err(error),
@@ -409,8 +411,8 @@ impl Follow<'_> {
         }
     }
 
-    /// The first update on a way; if it does not fit the weights, the full from which the version can be
-    /// built without it.
+    /// Returns the first update on a way. If that update does not fit the weights, returns the full from
+    /// which the version can be built without it.
     fn first(&mut self, listing: &Listing, target: Node, way: &Way) -> Result<Update> {
         let Some(item) = way.full.as_ref().or(way.deltas.first()) else {
             return Err(Error::internal("a way to a version is empty"));
@@ -441,7 +443,8 @@ impl Follow<'_> {
             storage.confirm(&item.name).map_err(located)?;
         }
         let Some(own) = self.settings.own.clone() else { return self.read(&storage, item) };
-        // Checked before it is copied: the own copy has nothing that does not fit.
+        // The version is checked before it is copied. So the own copy contains only versions that fit the
+        // weights.
         let update = self.read(&storage, item)?;
         keep(&storage, &own, item).map_err(|error| error.with_step(item.number).with_path(own.describe(&item.name)))?;
         Ok(update)
@@ -459,7 +462,8 @@ impl Follow<'_> {
             let full = Checkpoint::from_storage(storage.clone(), &item.name)?;
             let (inventory, _) = Inventory::of(&full)?;
             self.weights().fits(full.step(), &inventory)?;
-            // In place there is no copy to go back to: all bytes are checked before the first is written.
+            // In place there is no older copy to fall back to: all bytes are checked before the first is
+            // written.
             if base.is_some() && matches!(self.held, Held::InPlace(_)) {
                 check_bytes(&full)?;
             }
@@ -472,9 +476,9 @@ impl Follow<'_> {
         Ok(Update { what, base, becomes, bytes })
     }
 
-    /// Copies the newest full that leads to the weights to the own copy, when its deltas have become long,
-    /// and removes from it what does not lead to the weights: older versions, and those of a chain that was
-    /// deleted and begun again.
+    /// Copies the newest full that leads to the weights to the own copy, when its deltas have become long.
+    /// Removes versions from the own copy that do not lead to the weights: older versions, and those of a
+    /// chain that was deleted and begun again.
     fn shorten(&mut self) -> Result<()> {
         let (Some(own), Some(holding)) = (&self.settings.own, self.weights().holding()) else { return Ok(()) };
         let held = (holding.version, holding.attempt);
@@ -506,14 +510,14 @@ impl Follow<'_> {
 /// Reads all bytes of a full.
 ///
 /// # Errors
-/// `Corrupt`, naming the file and the tensor, when one is not what was written.
+/// `Corrupt`, naming the file and the tensor, when a tensor's bytes differ from what was written.
 fn check_bytes(full: &Checkpoint) -> Result<()> {
     let Some(damage) = full.verify()?.damage.into_iter().next() else { return Ok(()) };
     let what = format!("a full is damaged: {} tensor={:?}", damage.what, damage.tensor);
     Err(Error::corrupt(what).with_step(full.step()).with_path(full.path().join(&damage.file)))
 }
 
-/// Copies a version to the follower's own chain, unless it is there. A full that is damaged is not copied.
+/// Copies a version to the follower's own chain, unless the version is there. A damaged full is not copied.
 fn keep(from: &Arc<dyn Storage>, to: &Arc<dyn Storage>, item: &Item) -> Result<()> {
     let mine = Listing::read(to, &mut Cache::default())?;
     let is_same = |mine: &Item| mine.name == item.name && mine.attempt == item.attempt && mine.bytes == item.bytes;
@@ -523,10 +527,11 @@ fn keep(from: &Arc<dyn Storage>, to: &Arc<dyn Storage>, item: &Item) -> Result<(
     if item.base.is_none() {
         check_bytes(&Checkpoint::from_storage(from.clone(), &item.name)?)?;
     }
-    // Another one of this number, which the publisher has lost, or a damaged one.
+    // Under this name there may be another version of the number, which the publisher has lost, or a damaged
+    // one.
     super::retention::replace(to.as_ref(), &item.name)?;
     let reading = from.open(&item.name)?;
-    // An attempt of its own: an earlier process may have died while it copied this one.
+    // The copy gets an attempt of its own: an earlier process may have died while it copied this version.
     let whole = |copied: u64| {
         let gone = || Error::new(ErrorKind::NotFound, "a version was removed while it was copied");
         if copied == item.bytes { Ok(()) } else { Err(gone()) }

@@ -1,4 +1,4 @@
-//! What the tensors of a version are: names, dtypes, shapes and digests, without their bytes.
+//! Names, dtypes, shapes and digests of the tensors of a version, without their bytes.
 
 use crate::checkpoint::Checkpoint;
 use crate::delta;
@@ -8,7 +8,7 @@ use crate::id::Attempt;
 use crate::state::{Dtype, Layout};
 use std::collections::HashMap;
 
-/// Which version weights hold.
+/// The identity of the version that weights hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Holding {
     pub version: u64,
@@ -23,12 +23,13 @@ pub(super) struct Tensor {
     pub dtype: Dtype,
     pub shape: Vec<usize>,
     pub digest: Digest,
-    /// The number of the tensor that has its bytes: its own, or for an alias that of another one.
+    /// The number of the tensor that holds the bytes: its own number, or for an alias the number of another
+    /// tensor.
     pub holder: usize,
 }
 
 impl Tensor {
-    /// Its length in bytes; zero if no memory has that many.
+    /// Its length in bytes. Zero if the length does not fit in memory.
     pub fn len(&self) -> usize {
         let bytes = Layout::new(self.dtype, &self.shape).bytes().unwrap_or_default();
         usize::try_from(bytes).unwrap_or_default()
@@ -47,10 +48,10 @@ pub(super) struct Inventory {
 }
 
 impl Inventory {
-    /// The inventory of an open step, and for each tensor its file and offset.
+    /// Returns the inventory of an open step, and for each tensor its file and offset.
     ///
     /// # Errors
-    /// `Invalid`, naming the tensor, when it lies in several boxes; errors of the tables.
+    /// `Invalid`, naming the tensor, when a tensor lies in several boxes; errors of the tables.
     pub fn of(checkpoint: &Checkpoint) -> Result<(Self, Vec<(usize, u64)>)> {
         let contents = checkpoint.contents()?;
         let mut places = HashMap::new();
@@ -63,7 +64,7 @@ impl Inventory {
                 return Err(checkpoint.located(error));
             };
             let place = (slice.file, slice.offset);
-            // Tensors at one place share their bytes, unless they have none.
+            // Tensors at the same offset of a file share their bytes, unless they have none.
             let holder = if slice.length > 0 { *places.entry(place).or_insert(number) } else { number };
             let (name, dtype, shape) = (entry.name.clone(), entry.dtype, entry.shape.clone());
             tensors.push(Tensor { name, dtype, shape, digest: slice.digest, holder });
@@ -72,7 +73,7 @@ impl Inventory {
         Ok((Self { tensors }, found))
     }
 
-    /// The digest of names, dtypes, shapes and digests: what a delta calls the digest of a state.
+    /// The digest of all names, dtypes, shapes and tensor digests. A delta calls it the digest of the state.
     pub fn digest(&self) -> Digest {
         let mut text = Vec::with_capacity(self.tensors.len() * 64);
         let number = |text: &mut Vec<u8>, n: usize| text.extend_from_slice(&(n as u64).to_le_bytes());
@@ -93,23 +94,23 @@ impl Inventory {
         self.tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(name)).ok()
     }
 
-    /// Whether the other one has the same names, dtypes, shapes and aliases.
+    /// Whether `other` has the same names, dtypes, shapes and aliases.
     pub fn is_like(&self, other: &Self) -> bool {
         let same = |a: &Tensor, b: &Tensor| a.name == b.name && a.holder == b.holder && b.is_like(a.dtype, &a.shape);
         self.tensors.len() == other.tensors.len() && self.tensors.iter().zip(&other.tensors).all(|(a, b)| same(a, b))
     }
 
-    /// The bytes of all tensors, those of aliases counted once.
+    /// The length of all tensors in bytes. The bytes of aliases are counted once.
     pub fn bytes(&self) -> u64 {
         let own = self.tensors.iter().enumerate().filter(|(number, tensor)| tensor.holder == *number);
         own.map(|(_, tensor)| tensor.len() as u64).sum()
     }
 
-    /// The inventory that results when the tensors of a delta get their new digests.
+    /// Returns the inventory that results when the tensors of a delta get their new digests.
     ///
     /// # Errors
-    /// `Invalid`, naming the tensor, when the delta was made for a tensor that is not here, has another dtype
-    /// or shape, or other bytes.
+    /// `Invalid`, naming the tensor, when the delta changes a tensor that is missing here, or that has
+    /// another dtype, another shape or other bytes.
     pub fn after(&self, manifest: &delta::Manifest) -> Result<Self> {
         let mut tensors = self.tensors.clone();
         for entry in &manifest.tensors {

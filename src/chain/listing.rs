@@ -1,4 +1,4 @@
-//! Which versions a chain has, and which way leads to the newest.
+//! The versions of a chain, and the way to the newest one.
 
 use super::inventory::{Holding, Inventory};
 use super::reading::{manifest_bytes, manifest_head};
@@ -19,7 +19,7 @@ pub(super) struct Item {
     pub name: String,
     pub attempt: Attempt,
     pub bytes: u64,
-    /// None: a full.
+    /// The base of a delta. None: a full.
     pub base: Option<Base>,
 }
 
@@ -29,7 +29,7 @@ impl Item {
     }
 }
 
-/// A state that a chain leads to.
+/// A version of a chain, with its attempt.
 pub(super) type Node = (u64, Attempt);
 
 /// The versions in a directory.
@@ -62,13 +62,13 @@ pub struct Version {
     pub number: u64,
     /// The name of its directory.
     pub name: String,
-    /// The version that a delta is put on; None: a full.
+    /// The base of a delta. None: a full.
     pub base: Option<u64>,
     /// The attempt that was published.
     pub attempt: Attempt,
     /// The length of its files.
     pub bytes: u64,
-    /// Whether a new reader can build it from what is in the directory.
+    /// Whether a new reader can build the version from the files in the directory.
     pub buildable: bool,
 }
 
@@ -78,7 +78,7 @@ pub struct Version {
 pub struct Hole {
     /// The version that cannot be built.
     pub number: u64,
-    /// The version that is missing, or is another one than the delta was made for.
+    /// The base that is missing, or that is another one than the delta was made for.
     pub missing: u64,
 }
 
@@ -86,7 +86,7 @@ impl Chain {
     /// The chain in `root`, a directory or a URL.
     ///
     /// # Errors
-    /// Those of [`storage::at`](crate::storage::at): `NotFound` when there is no such directory.
+    /// Errors of [`storage::at`](crate::storage::at): `NotFound` when there is no such directory.
     pub fn open(root: impl AsRef<Path>) -> Result<Self> {
         Ok(Self::over(storage::at(root)?))
     }
@@ -96,10 +96,10 @@ impl Chain {
         Self { storage }
     }
 
-    /// Every version, oldest first; a full beside a delta comes after it.
+    /// Returns every version, oldest first. A full beside a delta comes after the delta.
     ///
     /// # Errors
-    /// When the directory cannot be read. A directory that is no version, or is damaged, is left out.
+    /// When the directory cannot be read. A damaged directory, or one that is no version, is left out.
     pub fn versions(&self) -> Result<Vec<Version>> {
         let listing = Listing::read(&self.storage, &mut Cache::default())?;
         let version = |item: &Item| Version {
@@ -113,7 +113,7 @@ impl Chain {
         Ok(listing.items.iter().map(version).collect())
     }
 
-    /// The versions after the newest full that can be built which cannot be built themselves, oldest first.
+    /// Returns the versions after the newest buildable full that cannot be built themselves, oldest first.
     ///
     /// # Errors
     /// As [`Chain::versions`].
@@ -122,27 +122,28 @@ impl Chain {
     }
 }
 
-/// The identity of a directory, and what was read of it.
+/// The identity of a directory, and the version that was read from it.
 type Known = (Option<(u64, u64)>, Option<Item>);
 
-/// What was read of directories, which never change under a name while they have the same identity.
+/// The versions that were read from directories. A directory never changes under its name while its identity
+/// stays.
 #[derive(Debug, Default)]
 pub(super) struct Cache(HashMap<String, Known>);
 
 /// The versions of a chain at one moment.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Listing {
-    /// By number, a full beside a delta after it.
+    /// Ordered by number. A full beside a delta comes after the delta.
     pub items: Vec<Item>,
-    /// The highest number that the name of any version has, readable or not.
+    /// The highest number in the name of any version, readable or not.
     pub highest: Option<u64>,
 }
 
-/// How to get to a version: from a full or from what is held, over deltas.
+/// The files to read to get to a version: from a full or from the held version, over deltas.
 #[derive(Clone, Debug)]
 pub(super) struct Way {
     pub full: Option<Item>,
-    /// In the order in which they are applied.
+    /// The deltas in the order in which they are applied.
     pub deltas: Vec<Item>,
     pub bytes: u64,
 }
@@ -151,7 +152,8 @@ impl Listing {
     /// Reads the manifests of all versions that `cache` does not know.
     ///
     /// # Errors
-    /// When the names cannot be listed, or a version cannot be read now. One that is damaged is left out.
+    /// When the names cannot be listed, or a version cannot be read at present. A damaged version is left
+    /// out.
     pub fn read(storage: &Arc<dyn Storage>, cache: &mut Cache) -> Result<Self> {
         let mut names: Vec<_> = storage.list()?;
         names.retain(|name| parse_version_name(name).is_some());
@@ -165,8 +167,8 @@ impl Listing {
         Ok(Self { items, highest })
     }
 
-    /// The newest version that can be built, if it is newer than what is held; older ones count where what is
-    /// held is not in the chain. With the way to it that reads the fewest bytes.
+    /// Returns the newest version that can be built and is newer than the held version, with the way to it
+    /// that reads the fewest bytes. Older versions count if the held version is not in the chain.
     pub fn ahead(&self, held: Option<Node>) -> Option<(Node, Way)> {
         let known = held.is_some_and(|held| self.items.iter().any(|item| item.node() == held));
         let mut nodes: Vec<Node> = self.items.iter().map(Item::node).collect();
@@ -176,10 +178,10 @@ impl Listing {
         nodes.into_iter().rev().filter(wanted).find_map(reached)
     }
 
-    /// The way to `target` that reads the fewest bytes, from what is held or from a full.
+    /// Returns the way to `target` that reads the fewest bytes, from the held version or from a full.
     pub fn way(&self, held: Option<Node>, target: Node) -> Option<Way> {
         let (mut at, mut deltas, mut bytes, mut best) = (target, Vec::<Item>::new(), 0_u64, None::<Way>);
-        // Numbers fall from a delta to its base, so this ends.
+        // The number of a base is below that of its delta, so this loop ends.
         loop {
             let mut way = |full: Option<&Item>| {
                 let bytes = bytes + full.map_or(0, |full| full.bytes);
@@ -221,13 +223,14 @@ impl Listing {
         self.items.iter().filter(after).filter(|item| self.way(None, item.node()).is_none()).map(hole).collect()
     }
 
-    /// Fulls by number.
+    /// Returns the fulls by number.
     pub fn fulls(&self) -> BTreeMap<u64, &Item> {
         self.items.iter().filter(|item| item.base.is_none()).map(|item| (item.number, item)).collect()
     }
 }
 
-/// A version by its name; None when it is not one of ours, is damaged, or has gone.
+/// Reads a version by its name. None when the version was not written by this library, is damaged, or has
+/// gone.
 fn look(storage: &Arc<dyn Storage>, name: &str, cache: &mut Cache) -> Result<Option<Item>> {
     let Some(reading) = found(storage.open(name))? else { return Ok(None) };
     let identity = reading.identity();
@@ -238,9 +241,9 @@ fn look(storage: &Arc<dyn Storage>, name: &str, cache: &mut Cache) -> Result<Opt
         return Ok(item.clone());
     }
     let item = match item_of(storage, name, reading.as_ref()) {
-        // It is being removed.
+        // The version is being removed.
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        // Only what another read would find again.
+        // Only errors that another read would return again are kept.
         Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Invalid) => {
             tracing::warn!(name, error = format_args!("{error:#}"), "a version cannot be read, and is left out");
             None
@@ -252,7 +255,7 @@ fn look(storage: &Arc<dyn Storage>, name: &str, cache: &mut Cache) -> Result<Opt
     Ok(item)
 }
 
-/// What the manifest of an open version says; None when it is not one of ours.
+/// Reads the manifest of an open version. None when the version was not written by this library.
 fn item_of(storage: &Arc<dyn Storage>, name: &str, reading: &dyn Reading) -> Result<Option<Item>> {
     let path = storage.describe(name);
     let located = |error: Error| error.with_path(&path);
@@ -271,7 +274,7 @@ fn item_of(storage: &Arc<dyn Storage>, name: &str, reading: &dyn Reading) -> Res
     Ok(Some(Item { number, name: name.into(), attempt, bytes, base: None }))
 }
 
-/// Which version an open full is.
+/// Returns the identity of an open full.
 pub(super) fn holding(full: &Checkpoint, inventory: &Inventory) -> Holding {
     Holding { version: full.step(), attempt: full.attempt(), state: inventory.digest() }
 }

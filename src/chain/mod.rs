@@ -1,21 +1,22 @@
-//! Published versions: weights that a training program hands to other programs, each as what changed since
-//! the one before.
+//! Published versions: weights that a training program hands to other programs, each as the changes since the
+//! version before it.
 //!
 //! A *chain* is a directory of *versions*, `v-00000001` and so on. A version is a *full*, which is a complete
-//! step, or a *delta*, which says what changed since its *base*. A [`Publisher`] writes versions; a
+//! step, or a *delta*, which says what changed since its *base*. A [`Publisher`] writes versions. A
 //! [`Follow`] brings memory of another process to each new version. At learning rates near 1e-6 about 1 % of
 //! bf16 weights change from one step to the next, and a delta is about 1 % of a full, or 0.6 % compressed.
-//! Full training is no case for it: fp32 masters and moments change entirely at every step. `docs/deltas.md`
-//! says more.
+//! Deltas do not help full training: fp32 masters and moments change entirely at every step. See
+//! `docs/deltas.md` for more.
 //!
-//! **Protocol.** The first version is a full. A delta is acknowledged only when it and everything it is built
-//! on is durable. After an error that leaves the outcome of a publish unknown, and after a restart, the
-//! publisher builds only on what it has read from the directory and made durable itself. Numbers are never
-//! used twice: a program that goes back to an older state publishes a full under the next number. Only what
-//! is older than the newest durable full is removed.
-//! **Consistency.** A follower applies a delta only to the bytes that it was made for, after it has made it
-//! durable, and after the digest of the result was computed from the base's and found right: a refused delta
-//! has written nothing. `checks/model/chain.py` tries these rules over all interleavings of small sizes.
+//! **Protocol.** The first version is a full. A delta is acknowledged only when it is durable, and every
+//! version that it is built on is durable, too. After an error that leaves the outcome of a publish unknown,
+//! and after a restart, the publisher builds only on versions that it has read from the directory and made
+//! durable itself. Numbers are never used twice: a program that goes back to an older state publishes a full
+//! under the next number. Only versions older than the newest durable full are removed.
+//! **Consistency.** A follower applies a delta only to the bytes that the delta was made for. Before that,
+//! the follower makes the delta durable, computes the digest of the result from the base's digest, and
+//! compares it. So a refused delta has written nothing. `checks/model/chain.py` tries these rules over all
+//! interleavings of small sizes.
 //! **Crash.** A version appears by one rename, like a step.
 //!
 //! ```
@@ -70,7 +71,7 @@ pub use weights::Weights;
 
 use crate::mutant::{self, Mutant};
 
-/// Whether a follower takes what it finds, for tests that show that they would see it.
+/// Whether a follower skips its checks. Tests use this to show that they detect the missing checks.
 fn blind() -> bool {
     mutant::on(Mutant::FollowBlind)
 }

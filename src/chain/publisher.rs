@@ -1,4 +1,4 @@
-//! The publisher: takes state dicts, and returns futures of durable versions.
+//! The publisher: it takes state dicts, and returns futures of durable versions.
 
 use super::recover::recover;
 use super::settings::{Published, PublisherBuilder};
@@ -22,26 +22,26 @@ use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-/// Publishes versions to a chain. One publisher at a time writes a chain: of two, the second to publish a
-/// number gets `Conflict` and ends.
+/// Publishes versions to a chain. One publisher at a time writes a chain. If two publishers publish the same
+/// number, the second gets `Conflict` and ends.
 ///
-/// It keeps the newest version in host memory, and for the time of a publish the next one: twice the bytes of
-/// the weights.
+/// The publisher keeps the newest version in host memory, and during a publish also the next one: twice the
+/// bytes of the weights.
 pub struct Publisher {
     shared: Arc<Shared>,
     arena: u64,
     /// The number of the last version that was begun.
     last: Mutex<u64>,
-    /// Made at the first publish without an executor of the program.
+    /// The publisher's own executor. It is made at the first publish without an executor of the program.
     own: Mutex<Option<Arc<CheckpointExecutor>>>,
 }
 
 impl Publisher {
     /// Returns a builder of a publisher to `root`: a directory, which is created if it is missing, or a URL
-    /// as [`storage::open`](crate::storage::open) takes it. Nothing else should be in it.
+    /// as accepted by [`storage::open`](crate::storage::open). The root should contain nothing else.
     ///
     /// # Errors
-    /// Those of [`storage::open`](crate::storage::open).
+    /// Errors of [`storage::open`](crate::storage::open).
     pub fn open(root: impl AsRef<Path>) -> Result<PublisherBuilder> {
         Ok(Self::over(storage::open(root)?))
     }
@@ -52,8 +52,8 @@ impl Publisher {
     }
 
     pub(super) fn start(builder: PublisherBuilder) -> Result<Self> {
-        // Before anything is listed: an older publisher changes nothing any more, if the storage can see to
-        // it.
+        // This comes before anything is listed. After it an older publisher changes nothing, if the storage
+        // can ensure that.
         builder.storage.take_over()?;
         let state = recover(&builder.storage, builder.from_full)?;
         let last = Mutex::new(state.newest);
@@ -69,11 +69,10 @@ impl Publisher {
     /// Publishes `state` as the next version and returns at once. Its tensors are read until
     /// [`Publish::staged`] resolves.
     ///
-    /// Nothing is lost when it fails: the next version is put on the newest one that is durable, or is a
-    /// full.
+    /// A failed publish loses nothing: the next version is built on the newest durable one, or is a full.
     ///
     /// # Errors
-    /// Those of [`CheckpointExecutor::save`]; `Conflict` once another publisher has taken the chain over.
+    /// Errors of [`CheckpointExecutor::save`]; `Conflict` once another publisher has taken the chain over.
     pub fn publish(&self, state: StateDict<'static>) -> Result<Publish> {
         let executor = {
             let mut own = lock(&self.own);
@@ -85,10 +84,10 @@ impl Publisher {
         self.save(&executor, state, false)
     }
 
-    /// Removes versions that no follower needs, as happens after each publish; returns their names.
+    /// Removes versions that no follower needs, and returns their names. The same happens after each publish.
     ///
     /// # Errors
-    /// Those of the storage.
+    /// Errors of the storage.
     pub fn prune(&self) -> Result<Vec<String>> {
         self.shared.prune()
     }
@@ -124,10 +123,10 @@ impl Publisher {
 }
 
 impl PublisherBuilder {
-    /// Reads the chain and makes what it builds on durable.
+    /// Reads the chain and makes the versions that it builds on durable.
     ///
     /// # Errors
-    /// Errors of the storage. A chain that cannot be read is no error: the first version is a full then.
+    /// Errors of the storage. A chain that cannot be read is no error: then the first version is a full.
     pub fn build(self) -> Result<Publisher> {
         Publisher::start(self)
     }
@@ -141,11 +140,11 @@ impl fmt::Debug for Publisher {
 }
 
 impl CheckpointExecutor {
-    /// Publishes `state` as the next version of `publisher`: through this executor's arena and device, behind
-    /// its saves, and with its fence. No step of the executor is written.
+    /// Publishes `state` as the next version of `publisher`, through this executor's arena and device, queued
+    /// after its saves, and with its fence. No step of the executor is written.
     ///
     /// # Errors
-    /// Those of [`save`](Self::save); `Invalid` with several ranks; `Conflict` once another publisher has
+    /// Errors of [`save`](Self::save); `Invalid` with several ranks; `Conflict` once another publisher has
     /// taken the chain over.
     pub fn publish_delta(&self, publisher: &Publisher, state: StateDict<'static>) -> Result<Publish> {
         publisher.save(self, state, true)
@@ -165,8 +164,8 @@ impl Publish {
         self.save.step()
     }
 
-    /// The save that carries the version: for its progress, and for functions that are called at its end.
-    /// Its outcome is the version's, whose number is the step.
+    /// The save that carries the version, for its progress and for functions that are called at its end. Its
+    /// outcome is that of the version. The step of the save is the number of the version.
     pub fn save(&self) -> &Save {
         &self.save
     }
@@ -174,7 +173,7 @@ impl Publish {
     /// Blocks the thread until the version is durable.
     ///
     /// # Errors
-    /// Those of [`Save::wait`], which name the version as step; `Cancelled` when the overlap policy of the
+    /// Errors of [`Save::wait`], which name the version as step; `Cancelled` when the overlap policy of the
     /// program's executor left the version out.
     pub fn wait(&self, timeout: Duration) -> Result<Published> {
         let deadline = deadline_after(timeout);

@@ -1,4 +1,4 @@
-//! Reads a version from its directory: its manifest, and what it changes.
+//! Reads a version from its directory: its manifest, and its changes.
 
 use super::inventory::{Holding, Inventory};
 use crate::delta::{self, Entry, FILE, Form, Manifest, Patch};
@@ -10,31 +10,31 @@ use crate::storage::{FileReading, Reading};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// The longest manifest of a delta that is read: that of some million tensors.
+/// The longest manifest of a delta that is read. A delta of some million tensors has one.
 const MANIFEST_MAX: u64 = 1 << 30;
 
-/// A delta, read and checked in itself.
+/// A delta whose files were read and checked.
 #[derive(Clone, Debug)]
 pub(super) struct Delta {
     pub manifest: Manifest,
-    /// As many as the manifest has tensors.
+    /// One patch for each tensor in the manifest.
     pub patches: Vec<Patch>,
     pub path: PathBuf,
 }
 
 impl Delta {
-    /// Which version results.
+    /// Returns the version that results.
     pub fn holding(&self) -> Holding {
         let Manifest { number, attempt, state, .. } = self.manifest;
         Holding { version: number, attempt, state }
     }
 
-    /// Reads the delta of an open version, which is put on tensors like those of `base`. Its manifest is
-    /// compared with them before its columns are read: the shapes of the base bound what they take.
+    /// Reads the delta of an open version, for tensors like those of `base`. The manifest is compared with
+    /// them before its columns are read: the shapes of the base bound the length of the columns.
     ///
     /// # Errors
-    /// `NotFound` when a file is gone; `Invalid` when it was made for other tensors; `Corrupt`, naming
-    /// version and tensor, when a byte is not what was written.
+    /// `NotFound` when a file is gone; `Invalid` when the delta was made for other tensors; `Corrupt`, naming
+    /// version and tensor, when a byte differs from what was written.
     pub fn read(reading: &dyn Reading, path: &Path, base: &Inventory) -> Result<Self> {
         let manifest = Manifest::parse(&manifest_bytes(reading, path)?).map_err(|e| e.with_path(path))?;
         base.after(&manifest).map_err(|e| e.with_path(path))?;
@@ -72,10 +72,10 @@ fn patch(file: &dyn FileReading, entry: &Entry, form: Form) -> Result<Patch> {
     Ok(Patch { how: entry.how, changed: entry.changed, columns })
 }
 
-/// The bytes of the manifest of an open version.
+/// Returns the bytes of the manifest of an open version.
 ///
 /// # Errors
-/// `NotFound` when there is none; `Corrupt` when it is longer than any.
+/// `NotFound` when there is no manifest; `Corrupt` when it is longer than any valid one.
 pub(super) fn manifest_bytes(reading: &dyn Reading, path: &Path) -> Result<Vec<u8>> {
     let located = |error: Error| error.with_path(path.join(MANIFEST));
     let file = reading.open(MANIFEST).map_err(located)?;
@@ -87,7 +87,7 @@ pub(super) fn manifest_bytes(reading: &dyn Reading, path: &Path) -> Result<Vec<u
     Ok(bytes)
 }
 
-/// The first bytes of the manifest of an open version, at most 64.
+/// Returns the first bytes of the manifest of an open version, at most 64.
 pub(super) fn manifest_head(reading: &dyn Reading) -> Result<Vec<u8>> {
     let file: Arc<dyn FileReading> = reading.open(MANIFEST)?;
     let mut head = vec![0; file.len().min(64) as usize];
@@ -95,7 +95,7 @@ pub(super) fn manifest_head(reading: &dyn Reading) -> Result<Vec<u8>> {
     Ok(head)
 }
 
-/// Zeroed memory of this length, aligned where the storage reads whole files.
+/// Returns zeroed memory of this length, aligned as the storage requires to read whole files.
 fn memory(length: u64) -> Result<Vec<u8>> {
     let length = usize::try_from(length).map_err(|_| no_memory(length))?;
     Ok(bytemuck::allocation::try_zeroed_slice_box(length).map_err(|()| no_memory(length as u64))?.into())
@@ -105,7 +105,7 @@ fn no_memory(bytes: u64) -> Error {
     Error::new(ErrorKind::Busy, format!("no memory for a part of a delta bytes={bytes}"))
 }
 
-/// An aligned copy, which storage can write without the page cache.
+/// Returns an aligned copy, which the storage can write without the page cache.
 pub(super) fn aligned(length: u64) -> Result<AlignedBuffer> {
     let length = usize::try_from(length).map_err(|_| no_memory(length))?;
     AlignedBuffer::try_new(length).ok_or_else(|| no_memory(length as u64))

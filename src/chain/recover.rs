@@ -1,4 +1,5 @@
-//! What a publisher builds on after a start: only what it has read and made durable itself.
+//! The state of a publisher after a start: it builds only on versions that it has read and made durable
+//! itself.
 
 use super::encoding::Held;
 use super::inventory::Inventory;
@@ -12,11 +13,11 @@ use crate::mutant::{self, Mutant};
 use crate::storage::Storage;
 use std::sync::Arc;
 
-/// The state of a publisher that has read the chain in `storage`. Where the newest version cannot be built or
+/// Reads the chain in `storage` and returns the publisher's state. If the newest version cannot be built or
 /// made durable, and with `from_full`, the next version is a full.
 ///
 /// # Errors
-/// When the versions cannot be listed, or one cannot be read now.
+/// When the versions cannot be listed, or a version cannot be read at present.
 pub(super) fn recover(storage: &Arc<dyn Storage>, from_full: bool) -> Result<State> {
     let listing = Listing::read(storage, &mut Cache::default())?;
     let mut state = State { newest: listing.highest.unwrap_or(0), ..State::default() };

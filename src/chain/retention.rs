@@ -1,4 +1,4 @@
-//! Which versions no reader needs any more.
+//! Removes versions that no reader needs any more.
 
 use super::listing::{Cache, Item, Listing};
 use crate::error::{Error, ErrorKind, Result};
@@ -6,11 +6,11 @@ use crate::mutant::{self, Mutant};
 use crate::storage::Storage;
 use std::sync::Arc;
 
-/// Removes, oldest first, what is older than the durable full of number `full`, and that number's own delta
-/// where a full stands beside it. Versions stay until `grace` newer ones are there.
+/// Removes the versions older than the durable full of number `full`, oldest first, and that number's own
+/// delta if a full stands beside the delta. A version stays until `grace` newer ones are there.
 ///
 /// # Errors
-/// Those of the storage. A version that is gone already is none.
+/// Errors of the storage. A version that is gone already is no error.
 pub(super) fn prune(storage: &Arc<dyn Storage>, newest: u64, full: Option<u64>, grace: u64) -> Result<Vec<String>> {
     let listing = Listing::read(storage, &mut Cache::default())?;
     let visible = || listing.fulls().last_key_value().map(|(number, _)| *number);
@@ -29,10 +29,10 @@ pub(super) fn prune(storage: &Arc<dyn Storage>, newest: u64, full: Option<u64>, 
     Ok(removed)
 }
 
-/// Removes a version of a follower's own copy, for another one of its number.
+/// Removes a version of a follower's own copy, to make room for another version of its number.
 ///
 /// # Errors
-/// Those of the storage.
+/// Errors of the storage.
 pub(super) fn replace(storage: &dyn Storage, name: &str) -> Result<()> {
     let gone = |error: &Error| error.kind() == ErrorKind::NotFound;
     storage.remove(name).or_else(|error| if gone(&error) { Ok(()) } else { Err(error) })

@@ -1,4 +1,4 @@
-//! What a publisher is told, and what it says of each version.
+//! The settings of a publisher, and its report about each version.
 
 use crate::delta::Form;
 use crate::id::Attempt;
@@ -35,46 +35,46 @@ impl PublisherBuilder {
         self
     }
 
-    /// Keeps versions that the newest full has made unnecessary until `versions` more are there, for
-    /// followers that still apply them. Default: 8.
+    /// Keeps versions that the newest full has made unnecessary until `versions` newer ones are there.
+    /// Followers may still be applying the older ones. Default: 8.
     pub fn grace(mut self, versions: u64) -> Self {
         self.settings.grace = versions;
         self
     }
 
-    /// Writes a full after at most so many deltas; earlier when the deltas since the last full have half its
-    /// length. Default: 64.
+    /// Writes a full after at most `versions` deltas, or earlier when the deltas since the last full are
+    /// longer than half of it. Default: 64.
     pub fn full_every(mut self, versions: u64) -> Self {
         self.settings.full_every = versions.max(1);
         self
     }
 
     /// Begins with a full, instead of reading the newest version: less memory and time at start, more bytes
-    /// for followers. For a program that goes back to an older state, either is right.
+    /// for followers. A program that goes back to an older state may use it or not.
     pub fn begin_with_full(mut self) -> Self {
         self.from_full = true;
         self
     }
 
-    /// Sets the bytes of the arena through which a publisher without an executor of the program stages
-    /// tensors. Default: 64 MiB.
+    /// Sets the bytes of the arena through which the publisher stages tensors, if the program gives no
+    /// executor. Default: 64 MiB.
     pub fn arena(mut self, bytes: u64) -> Self {
         self.arena = bytes;
         self
     }
 }
 
-/// What a version was published as.
+/// The kind of a published version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Kind {
     /// A complete step.
     Full,
-    /// What changed.
+    /// The changes since another version.
     Delta {
-        /// The version that it is put on.
+        /// The version that the delta is applied to.
         base: u64,
-        /// How many elements changed; of a tensor that is written whole, all.
+        /// How many elements changed. A tensor that is written whole counts with all of its elements.
         changed: u64,
     },
 }
@@ -91,12 +91,12 @@ pub struct Published {
     pub kind: Kind,
     /// The length of its files.
     pub bytes: u64,
-    /// The length of the files that a full would have.
+    /// The length of the files of a full of the same state.
     pub full_bytes: u64,
-    /// The digest of its state: names, dtypes, shapes and tensors.
+    /// The digest of the state: names, dtypes, shapes and tensors.
     pub state: u64,
     /// Its directory.
     pub path: PathBuf,
-    /// How long finding the changes and coding them took; zero for a full.
+    /// How long it took to find the changes and encode them; zero for a full.
     pub encoding: Duration,
 }

@@ -17,17 +17,17 @@ use std::time::{Duration, Instant};
 /// What the threads of a publisher share.
 pub(super) struct Shared {
     pub storage: Arc<dyn Storage>,
-    /// Where saves are staged before it is known what becomes of them.
+    /// Where saves are staged. The commit then writes each version to the chain.
     pub memory: Memory,
     pub settings: Settings,
     pub state: Mutex<State>,
-    /// One version at a time is committed.
+    /// Held during a commit: versions are committed one at a time.
     turn: Mutex<()>,
-    /// Where the results of saves under way go.
+    /// Receivers of the results of saves under way.
     pub slots: Mutex<HashMap<Attempt, Arc<OnceLock<Published>>>>,
 }
 
-/// What is durable, and what memory holds.
+/// The durable versions, and the version in memory.
 #[derive(Default)]
 pub(super) struct State {
     /// The newest durable version, bit for bit. None: the next version is a full.
@@ -38,9 +38,9 @@ pub(super) struct State {
     pub full: Option<u64>,
     /// The length of that full.
     pub full_bytes: u64,
-    /// Numbers and lengths of the deltas behind it, oldest first.
+    /// Numbers and lengths of the deltas after it, oldest first.
     pub deltas: Vec<(u64, u64)>,
-    /// Another publisher has taken the chain over.
+    /// Set when another publisher has taken the chain over.
     pub ended: Option<Error>,
 }
 
@@ -53,8 +53,8 @@ impl Shared {
     /// Publishes the version that was staged under `name`.
     ///
     /// # Errors
-    /// `Conflict` when another publisher has published the number, and for every later version;
-    /// `Indeterminate` when it is unknown whether it is published: the next version is a full then.
+    /// `Conflict` for this and every later version when another publisher has published the number;
+    /// `Indeterminate` when it is unknown whether the version is published: the next version is a full then.
     pub fn commit(&self, name: &str, number: u64) -> Result<(Arc<dyn Writing>, Published)> {
         let _turn = lock(&self.turn);
         let (staged, step) = Held::staged(&self.memory, name).map_err(|e| e.with_step(number))?;
@@ -86,7 +86,7 @@ impl Shared {
             Err(error) => {
                 let error = error.with_step(number);
                 match error.kind() {
-                    // What memory holds may be on top of a version that a crash takes away.
+                    // The version in memory may be built on a version that a crash removes.
                     ErrorKind::Indeterminate if mutant::on(Mutant::ChainUnclear) => state.held = Some(staged),
                     ErrorKind::Indeterminate => state.held = None,
                     ErrorKind::Conflict => state.ended = Some(taken_over(&error)),
@@ -119,7 +119,7 @@ impl Shared {
         Ok((writing, published))
     }
 
-    /// The delta from what is held, unless a full is shorter or the structure is another.
+    /// Returns the delta from the held version. None if a full is shorter, or if the structure is another.
     fn delta(&self, base: Option<&Held>, new: &Held, step: &Checkpoint) -> Result<(Option<Encoded>, Duration)> {
         let began = Instant::now();
         let Some(base) = base.filter(|base| base.inventory.is_like(&new.inventory)) else {
@@ -137,8 +137,8 @@ impl Shared {
         commit(self.storage.as_ref(), name, attempt, |to| copy(reading.as_ref(), to).map(drop))
     }
 
-    /// What follows an acknowledged version: a full beside the newest delta where the deltas have become
-    /// long, and the removal of what no reader needs.
+    /// Tidies up after an acknowledged version: writes a full beside the newest delta if the deltas have
+    /// become long, and removes versions that no reader needs.
     pub fn tidy(&self) {
         let due = {
             let state = lock(&self.state);
@@ -149,7 +149,7 @@ impl Shared {
         if let Some(held) = due {
             let name = version_name(held.holding.version, true);
             guard::attempt("write a full beside a delta", || {
-                // It may have been tried before.
+                // An earlier try may have failed, so this one is another attempt.
                 let written = self.write_full(&name, Attempt::new(), &held)?;
                 lock(&self.state).full_is_durable(held.holding.version, held.bytes);
                 written.settle()
@@ -161,7 +161,7 @@ impl Shared {
     /// Removes versions that are older than the newest durable full, and returns their names.
     ///
     /// # Errors
-    /// Those of the storage.
+    /// Errors of the storage.
     pub fn prune(&self) -> Result<Vec<String>> {
         let (newest, full) = {
             let state = lock(&self.state);

@@ -1,5 +1,5 @@
-//! Waits for the next version: inotify is a hint, polling is the rule, because network file systems and
-//! stores have no events.
+//! Waits for the next version. Polling is the rule and inotify is a hint, because network file systems and
+//! object stores have no events.
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Timespec, inotify};
@@ -30,7 +30,7 @@ impl Watch {
         match poll(&mut fds, Some(&limit)) {
             Ok(0) => {}
             Ok(_) => {
-                // What the events say is not used: the directory is listed.
+                // The content of the events is not used: the directory is listed again.
                 let mut events = [0; 4096];
                 while rustix::io::read(watch, &mut events[..]).is_ok_and(|read| read > 0) {}
             }

@@ -13,9 +13,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The tensors of a published version, in host memory: of its own, or of the program.
+/// The tensors of a published version, in host memory: in memory of their own, or in that of the program.
 ///
-/// Names are as they were published; a tied weight is one memory under several names.
+/// Names are as published. A tied weight is one memory under several names.
 ///
 /// ```
 /// use ashore::chain::Weights;
@@ -31,15 +31,15 @@ pub struct Weights<'a> {
     /// None before the first version.
     holding: Option<Holding>,
     inventory: Inventory,
-    /// By the number of the tensor; empty for aliases.
+    /// By the number of the tensor. The entries of aliases are empty.
     memory: Vec<Memory<'a>>,
-    /// Memory that the program has lent, until the first version is there.
+    /// Memory that the program has lent, until the first version is loaded.
     lent: BTreeMap<String, (Dtype, Vec<usize>, &'a mut [u8])>,
-    /// Names of lent memory beside the one under which it was lent.
+    /// Further names of lent memory, each with the name under which the memory was lent.
     tied: Vec<(String, String)>,
-    /// A version has nothing but what memory was lent for.
+    /// Whether versions with other tensors than those that memory was lent for are refused.
     strict: bool,
-    /// A write began and did not end.
+    /// True while a write is in progress, and after a write that failed.
     poisoned: bool,
 }
 
@@ -65,7 +65,7 @@ impl Memory<'_> {
 }
 
 impl<'a> Weights<'a> {
-    /// Weights without a version, which allocate memory for the first one.
+    /// Makes weights without a version. They allocate memory for the first version.
     pub fn new() -> Self {
         Self::default()
     }
@@ -74,7 +74,7 @@ impl<'a> Weights<'a> {
     /// dtype and shape; tensors that are not lent get memory of their own.
     ///
     /// # Errors
-    /// `Invalid`, naming the tensor, when the memory has another length, or there is a version already.
+    /// `Invalid`, naming the tensor, when the memory has another length, or when there is a version already.
     pub fn lend(
         &mut self,
         name: impl Into<String>,
@@ -93,25 +93,25 @@ impl<'a> Weights<'a> {
         Ok(self)
     }
 
-    /// Says that the memory lent for the tensor `holder` is the tensor `name`, too. Every version must have
-    /// them tied: two names of one tensor.
+    /// Declares that the memory lent for the tensor `holder` is also the tensor `name`. Every version must
+    /// have them tied: two names of one tensor.
     pub fn lend_alias(&mut self, name: impl Into<String>, holder: impl Into<String>) -> &mut Self {
         self.tied.push((name.into(), holder.into()));
         self
     }
 
-    /// Refuses versions with a tensor that no memory is lent for.
+    /// Refuses versions with a tensor for which no memory is lent.
     pub fn strict(&mut self) -> &mut Self {
         self.strict = true;
         self
     }
 
-    /// The version that the bytes are; None before the first, and after a write that did not end.
+    /// The version that these bytes are. None before the first version, and after a write that did not end.
     pub fn version(&self) -> Option<u64> {
         self.holding.filter(|_| !self.poisoned).map(|holding| holding.version)
     }
 
-    /// The digest of the state as the chain has it: of names, dtypes, shapes and tensors.
+    /// The digest of the state, as in the chain: of names, dtypes, shapes and tensors.
     pub fn state_digest(&self) -> Option<u64> {
         self.holding.filter(|_| !self.poisoned).map(|holding| holding.state.to_bits())
     }
@@ -121,8 +121,8 @@ impl<'a> Weights<'a> {
         self.inventory.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.dtype, &tensor.shape[..]))
     }
 
-    /// The name of the tensor whose bytes the tensor `name` has: its own, or for a tied weight the first of
-    /// its names. A delta changes a tensor under that name alone. None: there is no such tensor.
+    /// The name of the tensor that holds the bytes of the tensor `name`: its own name, or for a tied weight
+    /// the first of its names. A delta changes a tensor under that name only. None: there is no such tensor.
     pub fn holder(&self, name: &str) -> Option<&str> {
         let number = self.inventory.find(name)?;
         let holder = self.inventory.tensors.get(self.inventory.tensors.get(number)?.holder)?;
@@ -132,7 +132,7 @@ impl<'a> Weights<'a> {
     /// The bytes of the tensor `name`.
     ///
     /// # Errors
-    /// `NotFound` when there is none; `Unavailable` after a write that did not end.
+    /// `NotFound` when there is no such tensor; `Unavailable` after a write that did not end.
     pub fn bytes(&self, name: &str) -> Result<&[u8]> {
         if self.poisoned {
             let what = "the weights are partly of one version and partly of another; load a full version";
@@ -145,7 +145,7 @@ impl<'a> Weights<'a> {
     /// The elements of the tensor `name`, copied.
     ///
     /// # Errors
-    /// As [`Weights::bytes`]; `Invalid` when it has another dtype.
+    /// As [`Weights::bytes`]; `Invalid` when the tensor has another dtype.
     pub fn elements<T: Element>(&self, name: &str) -> Result<Vec<T>> {
         let bytes = self.bytes(name)?;
         let dtype = self.inventory.find(name).map(|number| self.inventory.tensors[number].dtype);
@@ -158,7 +158,7 @@ impl<'a> Weights<'a> {
     /// Reads all bytes and compares their digests with those of the version.
     ///
     /// # Errors
-    /// `Corrupt`, naming the version and the first tensor whose bytes are not those that were published.
+    /// `Corrupt`, naming the version and the first tensor whose bytes differ from the published ones.
     pub fn verify(&self) -> Result<()> {
         for (number, tensor) in self.inventory.tensors.iter().enumerate() {
             if tensor.holder == number && Digest::of(self.of(number)) != tensor.digest {
@@ -182,7 +182,7 @@ impl<'a> Weights<'a> {
         self.holding.filter(|_| !self.poisoned)
     }
 
-    /// What its tensors are.
+    /// The inventory of the tensors.
     pub(super) fn inventory(&self) -> &Inventory {
         &self.inventory
     }
@@ -193,25 +193,26 @@ impl<'a> Weights<'a> {
         self.memory.get(holder).map_or(&[], Memory::bytes)
     }
 
-    /// The memory of every tensor, in the order of the inventory; empty for aliases and for lent memory.
+    /// The memory of every tensor, in the order of the inventory. The entries of aliases and of lent memory
+    /// are empty.
     pub(super) fn into_memory(self) -> (Inventory, Vec<Vec<u8>>) {
         let own = |memory| if let Memory::Own(bytes) = memory { bytes } else { Vec::new() };
         (self.inventory, self.memory.into_iter().map(own).collect())
     }
 
-    /// A copy in memory of its own.
+    /// Returns a copy in newly allocated memory.
     pub(super) fn copied(&self) -> Weights<'static> {
         let memory = self.memory.iter().map(|memory| Memory::Own(memory.bytes().to_vec())).collect();
         let (holding, inventory, poisoned) = (self.holding, self.inventory.clone(), self.poisoned);
         Weights { holding, inventory, memory, poisoned, ..Weights::new() }
     }
 
-    /// Checks a delta against these weights, without writing: base, structure, columns, and the digest of
+    /// Checks a delta against these weights, without writing: base, structure, columns, and the digests of
     /// every tensor and of the state that would result.
     ///
     /// # Errors
-    /// `Invalid` when the delta was made for another base, `Corrupt` when its result would not be what it
-    /// says. Both name version and tensor.
+    /// `Invalid` when the delta was made for another base, `Corrupt` when its result would have another
+    /// digest than the delta says. Both name version and tensor.
     pub(super) fn check(&self, delta: &Delta) -> Result<Inventory> {
         let manifest = &delta.manifest;
         let located = |error: Error| error.with_step(manifest.number);
@@ -245,7 +246,7 @@ impl<'a> Weights<'a> {
     /// Applies a delta that [`Weights::check`] has accepted, and that results in `after`.
     ///
     /// # Errors
-    /// None that a check has not found. The weights are then unusable until a full version is loaded.
+    /// Errors that the check did not find. The weights are then unusable until a full version is loaded.
     pub(super) fn apply(&mut self, delta: &Delta, after: Inventory) -> Result<()> {
         self.poisoned = true;
         let mut memory: Vec<Option<&mut Memory<'a>>> = self.memory.iter_mut().map(Some).collect();
@@ -269,7 +270,7 @@ impl<'a> Weights<'a> {
         Ok(())
     }
 
-    /// Refuses a full version whose tensors do not fit memory that was lent.
+    /// Refuses a full version whose tensors do not fit the lent memory.
     pub(super) fn fits(&self, version: u64, full: &Inventory) -> Result<()> {
         let refuse = |name: &str, what: &str| Err(Error::invalid(format!("{what} tensor={name:?}")).with_step(version));
         let known = self.inventory.tensors.iter().zip(&self.memory);
@@ -304,15 +305,15 @@ impl<'a> Weights<'a> {
     /// Reads a full version into the weights. Every byte is checked as it arrives.
     ///
     /// # Errors
-    /// Those of the storage. Unless nothing was written, the weights are then unusable until a full version
-    /// is loaded.
+    /// Errors of the storage. The weights are then unusable until a full version is loaded, unless nothing
+    /// was written.
     pub(super) fn load(&mut self, full: &Checkpoint, inventory: Inventory) -> Result<()> {
         self.fits(full.step(), &inventory)?;
         let known = self.inventory.tensors.iter().zip(&self.memory);
         let known = known.map(|(tensor, memory)| (tensor.name.as_str(), memory.bytes().len()));
         let lent = self.lent.iter().map(|(name, (.., lent))| (name.as_str(), lent.len()));
         let known: BTreeMap<_, _> = known.chain(lent).collect();
-        // Allocated before anything is given up: without memory the weights are as they were.
+        // Memory is allocated before any is released. So if it fails, the weights stay unchanged.
         let mut made = Vec::with_capacity(inventory.tensors.len());
         for (number, tensor) in inventory.tensors.iter().enumerate() {
             let len = if tensor.holder == number { tensor.len() } else { 0 };
@@ -357,10 +358,10 @@ fn zeroed(len: usize, tensor: &Tensor) -> Result<Vec<u8>> {
     Ok(bytemuck::allocation::try_zeroed_slice_box(len).map_err(|()| no_memory())?.into())
 }
 
-/// Calls `f` with every number below `count`, in several threads where there is more than one.
+/// Calls `f` with every number below `count`, in several threads if there is more than one number.
 ///
 /// # Errors
-/// The first error of `f`; then some numbers are left out.
+/// The first error of `f`. Some numbers are left out then.
 pub(super) fn in_parallel(count: usize, f: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(count).min(16);
     if threads < 2 {

@@ -1,5 +1,5 @@
-//! The storage that an executor saves versions to: in memory first, because what becomes of a version
-//! follows from all of its bytes.
+//! The storage to which an executor saves versions. A version is staged in memory first, because the commit
+//! needs all of its bytes to choose between a delta and a full.
 
 use super::shared::Shared;
 use crate::error::{Error, Result};
@@ -10,12 +10,13 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Takes the saves of versions.
+/// The storage that receives the saves of versions.
 #[derive(Clone)]
 pub(super) struct VersionStorage {
     pub shared: Arc<Shared>,
-    /// It is brought to an executor of the program, whose thread that commits settles a save before its
-    /// future resolves: what may take long is left to the sweep that its tidying thread does after each save.
+    /// True if this storage is brought to an executor of the program. The committer of that executor settles
+    /// a save before its future resolves. So long work is left to the sweep that its tidying thread does
+    /// after each save.
     pub brought: bool,
 }
 
@@ -39,7 +40,7 @@ impl Storage for VersionStorage {
         self.shared.storage.open(name)
     }
 
-    /// No steps: versions are not those of an executor's catalog.
+    /// Lists no steps: versions are not steps of an executor's catalog.
     fn list(&self) -> Result<Vec<String>> {
         Ok(Vec::new())
     }
@@ -67,7 +68,7 @@ impl Storage for VersionStorage {
         Ok(())
     }
 
-    /// The chain, for an executor that saves elsewhere too.
+    /// Returns the chain, for an executor that also saves elsewhere.
     fn elsewhere(&self, _: &Path, _: bool) -> Result<Arc<dyn Storage>> {
         Ok(Arc::new(self.clone()))
     }
@@ -84,9 +85,9 @@ struct VersionWriting {
     name: String,
     number: u64,
     attempt: Attempt,
-    /// To settle it is to tidy the chain, too.
+    /// Whether settling the version also tidies the chain.
     tidies: bool,
-    /// What was made durable in the chain.
+    /// The version that was made durable in the chain.
     published: Mutex<Option<Arc<dyn Writing>>>,
 }
 
@@ -127,7 +128,8 @@ impl Writing for VersionWriting {
     fn abandon(&self) -> Result<()> {
         lock(&self.shared.slots).remove(&self.attempt);
         match self.staged.abandon() {
-            // It was staged whole, and then refused: the commit has deleted what it had made of it.
+            // The version was staged whole and then refused. The commit has deleted the files that it had
+            // written.
             Err(_) => Ok(()),
             abandoned => abandoned,
         }

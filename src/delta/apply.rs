@@ -1,4 +1,4 @@
-//! Checks a patch against the bytes that it changes, and changes them.
+//! Checks a patch against the bytes that it changes, and applies the patch.
 
 use super::linear::Differences;
 use super::number::{Number, Numbers, by_width};
@@ -8,8 +8,8 @@ use super::{How, Patch};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 
-/// The digest that `old` will have when `patch` is applied, if its digest is `base`. Writes nothing and
-/// reads only the elements that change.
+/// Returns the digest that `old` will have after `patch` is applied, if its digest is `base`. Writes nothing,
+/// and reads only the elements that change.
 ///
 /// # Errors
 /// `Corrupt` when the patch contradicts itself or does not fit `old`.
@@ -24,7 +24,7 @@ pub fn check(old: &[u8], base: Digest, numbers: Numbers, patch: &Patch) -> Resul
 /// Applies `patch`, which [`check`] has accepted for these bytes, in place.
 ///
 /// # Errors
-/// Those of [`check`]; then `bytes` are partly changed.
+/// Errors of [`check`]. `bytes` are partly changed then.
 pub fn apply(bytes: &mut [u8], numbers: Numbers, patch: &Patch) -> Result<()> {
     if patch.how == How::Whole {
         bytes.copy_from_slice(whole(bytes.len(), numbers, patch)?);
@@ -33,11 +33,11 @@ pub fn apply(bytes: &mut [u8], numbers: Numbers, patch: &Patch) -> Result<()> {
     by_width!(numbers.width, applied(bytes, numbers, patch))
 }
 
-/// Calls `f` with the index and the new value of each element that changes, in ascending order, given its
-/// older value. The value is in little-endian bytes.
+/// Calls `f` with the index and the new value of each element that changes, in ascending order. The new value
+/// is computed from the old one, and is in little-endian bytes.
 ///
 /// # Errors
-/// Those of [`check`], and of `f`.
+/// Errors of [`check`] and of `f`.
 pub fn visit(old: &[u8], numbers: Numbers, patch: &Patch, f: &mut dyn FnMut(usize, &[u8]) -> Result<()>) -> Result<()> {
     by_width!(numbers.width, visited(old, numbers, patch, f))
 }
@@ -83,7 +83,7 @@ fn visited<N: Number>(
     })
 }
 
-/// Calls `f` with each index and the column of values, and checks that both end together after as many
+/// Calls `f` with each index and the column of values. Checks that both columns end together after as many
 /// elements as the patch says.
 #[inline(always)]
 fn each<N: Number>(

@@ -1,4 +1,4 @@
-//! Finds what changed in a tensor, and chooses how to say it.
+//! Finds the changes in a tensor, and chooses how to encode them.
 
 use super::number::{Number, Numbers, by_width};
 use super::positions::{is_wide, push_gap};
@@ -6,16 +6,17 @@ use super::values::push_distance;
 use super::{Form, How, Patch};
 use crate::error::{Error, Result};
 
-/// Bytes that are compared at once before elements are looked at: equal ones cost a few instructions.
+/// The number of bytes that are compared at once, before single elements. Equal blocks cost a few
+/// instructions.
 const BLOCK: usize = 64;
 
 /// A bitmap replaces compressed gaps above this share of changed elements: 1 in 5.
 const DENSE: usize = 5;
 
-/// The patch that makes `new` of `old`; None when they are equal.
+/// Returns the patch from `old` to `new`. None when they are equal.
 ///
 /// # Errors
-/// `Invalid` when they differ in length, or the length is not that of elements.
+/// `Invalid` when they differ in length, or when the length is not a multiple of the element width.
 pub fn encode(old: &[u8], new: &[u8], numbers: Numbers, form: Form) -> Result<Option<Patch>> {
     if old.len() != new.len() || !old.len().is_multiple_of(numbers.width) {
         let what = "two states of a tensor differ in length";
@@ -34,7 +35,7 @@ pub fn encode(old: &[u8], new: &[u8], numbers: Numbers, form: Form) -> Result<Op
 
 enum Tried {
     Patch(Patch),
-    /// Longer than half of the tensor.
+    /// The patch is longer than half of the tensor.
     TooLong,
 }
 
@@ -70,18 +71,18 @@ fn differences<N: Number>(old: &[u8], new: &[u8], mut change: impl FnMut(usize, 
     true
 }
 
-/// The bits of a word that an element has.
+/// The bits of a word that belong to one element.
 #[inline(always)]
 fn lane_mask<N: Number>(lane: usize) -> u64 {
     if N::WIDTH == 8 { u64::MAX } else { ((1 << (8 * N::WIDTH)) - 1) << (8 * N::WIDTH * lane) }
 }
 
-/// Gaps or a bitmap, and distances.
+/// Encodes gaps or a bitmap, and distances.
 fn packed<N: Number>(old: &[u8], new: &[u8], float: bool, compressed: bool) -> Option<Tried> {
     let (elements, longest) = (old.len() / N::WIDTH, new.len() / 2);
     let (mut gaps, mut ulps) = (Vec::new(), Vec::new());
     let (mut next, mut changed) = (0, 0_usize);
-    // A bitmap takes an eighth of a byte for each element, and distances are needed in any case.
+    // A bitmap needs an eighth of a byte for each element. Distances are needed in both cases.
     let bitmap_len = elements.div_ceil(8);
     let short = differences::<N>(old, new, |index, old, new| {
         push_gap(&mut gaps, index - next);
@@ -101,7 +102,7 @@ fn packed<N: Number>(old: &[u8], new: &[u8], float: bool, compressed: bool) -> O
     Some(Tried::Patch(Patch { how, changed: changed as u64, columns: vec![places, ulps] }))
 }
 
-/// The bitmap of the elements that these gaps lead to.
+/// Returns the bitmap of the elements that these gaps describe.
 fn bitmap(gaps: &[u8], elements: usize) -> Vec<u8> {
     let mut bitmap = vec![0; elements.div_ceil(8)];
     let mut index = 0;
@@ -117,7 +118,7 @@ fn bitmap(gaps: &[u8], elements: usize) -> Vec<u8> {
     bitmap
 }
 
-/// Indices and values.
+/// Encodes indices and values.
 fn indexed<N: Number>(old: &[u8], new: &[u8]) -> Option<Tried> {
     let (wide, longest) = (is_wide(old.len() / N::WIDTH), new.len() / 2);
     let (mut indices, mut values, mut changed) = (Vec::new(), Vec::new(), 0);

@@ -1,8 +1,8 @@
-//! Digests of results that no memory holds yet.
+//! Digests of updated tensors, computed without the updated bytes.
 //!
 //! A CRC is linear: with `^` for the exclusive or of strings of one length, the digest of `a ^ b` is
-//! `digest(a) ^ digest(b) ^ digest(zeros)`. So the digest of an updated tensor follows from that of the older
-//! one and from the bits that differ, which are few.
+//! `digest(a) ^ digest(b) ^ digest(zeros)`. So the digest of an updated tensor follows from the digest of the
+//! older tensor and from the few bits that differ.
 
 use crate::digest::Digest;
 
@@ -27,11 +27,11 @@ fn of_zeros(length: u64) -> Digest {
 /// Differences are digested in a window of this many bytes, which stays in the fastest cache.
 const WINDOW: usize = 16 << 10;
 
-/// The digest of a string that is zero but for what is put in, from front to back.
+/// The digest of a string of zeros in which bytes are set from front to back.
 pub(super) struct Differences {
     window: Box<[u8; WINDOW]>,
     clean: bool,
-    /// Bytes before the window.
+    /// The number of bytes before the window.
     before: u64,
     sum: Digest,
     zeros: Digest,
@@ -43,8 +43,8 @@ impl Differences {
         Self { window: Box::new([0; WINDOW]), clean: true, before: 0, sum: Digest::EMPTY, zeros }
     }
 
-    /// Moves the window on until it holds the byte at `at`, which is not before it, and returns the offset
-    /// of that byte in it.
+    /// Moves the window forward until it contains the byte at `at`, which must not lie before the window.
+    /// Returns the offset of that byte in the window.
     #[inline(always)]
     pub fn seek(&mut self, at: usize) -> usize {
         let mut offset = at as u64 - self.before;
@@ -77,7 +77,7 @@ impl Differences {
         }
     }
 
-    /// The digest of `length` bytes that were `base` and differ by what was put in.
+    /// Returns the digest of `length` bytes: those of `base`, changed by the differences.
     pub fn result(mut self, base: Digest, length: u64) -> Digest {
         let left = length.saturating_sub(self.before);
         if left > WINDOW as u64 {

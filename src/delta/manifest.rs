@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-/// The file with the columns.
+/// The name of the file with the columns.
 pub const FILE: &str = "delta.safetensors";
 
 /// The version of the format of deltas.
@@ -27,13 +27,13 @@ pub fn is_delta(bytes: &[u8]) -> bool {
     bytes.starts_with(BEGIN)
 }
 
-/// What a delta is put on.
+/// The version that a delta is applied to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Base {
     pub version: u64,
     pub attempt: Attempt,
-    /// The digest of all of the state.
+    /// The digest of the whole state.
     pub state: Digest,
 }
 
@@ -45,11 +45,11 @@ pub struct Manifest {
     version: u32,
     /// The number of the version.
     pub number: u64,
-    /// The attempt that wrote it.
+    /// The attempt that wrote the version.
     pub attempt: Attempt,
-    /// The version that it changes.
+    /// The version that the delta is applied to.
     pub base: Base,
-    /// The digest of all of the state that results.
+    /// The digest of the whole state that results.
     pub state: Digest,
     /// The form of its columns.
     pub form: Form,
@@ -88,7 +88,7 @@ pub struct Entry {
 pub struct Column {
     /// Its name in the safetensors file.
     pub name: String,
-    /// Where its bytes are in the file.
+    /// The range of its bytes in the file.
     pub begin: u64,
     pub length: u64,
     /// Its length before compression.
@@ -98,7 +98,7 @@ pub struct Column {
 }
 
 impl Entry {
-    /// The numbers of its elements, and how many there are.
+    /// Returns the numbers of its elements, and the count of elements.
     pub fn numbers(&self) -> Result<(Numbers, u64)> {
         let numbers = Numbers::of(self.dtype);
         let bytes = Layout::new(self.dtype, &self.shape).bytes().map_err(|_| {
@@ -109,20 +109,20 @@ impl Entry {
 }
 
 impl Manifest {
-    /// The manifest of a delta without tensors.
+    /// Makes the manifest of a delta without tensors.
     pub fn new(number: u64, attempt: Attempt, base: Base, state: Digest, form: Form) -> Self {
         let (format, version, bytes, tensors) = (FORMAT.into(), VERSION, 0, Vec::new());
         let (metadata, values) = Default::default();
         Self { format, version, number, attempt, base, state, form, bytes, metadata, values, tensors }
     }
 
-    /// Names the columns and puts them one behind the other. Returns the header of the file.
+    /// Names the columns and places them one after the other. Returns the header of the file.
     ///
     /// # Errors
     /// `Invalid` when the header would be longer than readers accept.
     pub fn lay_out(&mut self) -> Result<HeaderTemplate> {
         let mut taken: BTreeSet<String> = BTreeSet::new();
-        // A whole tensor keeps its name, so columns of others give way.
+        // A whole tensor keeps its name. Columns of other tensors get names that do not collide with it.
         let whole = self.tensors.iter().filter(|entry| entry.how == How::Whole).map(|entry| entry.name.clone());
         let kept: BTreeSet<String> = whole.collect();
         let mut end = 0;
@@ -149,7 +149,7 @@ impl Manifest {
         Ok(header)
     }
 
-    /// What the header says of each column, whose offsets count from the start of the data.
+    /// Returns the header entry of each column. Offsets count from the start of the data.
     fn described(&self) -> Vec<(&str, Dtype, Vec<usize>, Range<u64>)> {
         let mut described = Vec::new();
         for entry in &self.tensors {
@@ -170,21 +170,21 @@ impl Manifest {
         described
     }
 
-    /// The sealed bytes of the manifest.
+    /// Returns the sealed bytes of the manifest.
     ///
     /// # Errors
-    /// `Internal` when it cannot be written as JSON.
+    /// `Internal` when the manifest cannot be encoded as JSON.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let mut text = serde_json::to_vec(self).map_err(|e| Error::internal("cannot write json").with_source(e))?;
         text.pop();
         Ok(seal::seal(text))
     }
 
-    /// Reads and checks a manifest: after this, every length in it is one that its tensors can have, and
+    /// Reads and checks a manifest. After that, every length in the manifest is possible for its tensors, and
     /// every column lies in the file.
     ///
     /// # Errors
-    /// `Corrupt` when it is damaged or contradicts itself; `Invalid` when its version is unknown.
+    /// `Corrupt` when the manifest is damaged or contradicts itself; `Invalid` when its version is unknown.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
         let Some(text) = seal::unseal(bytes) else {
             let why = "the manifest of a delta is damaged or incomplete: its digest does not fit";
@@ -228,8 +228,8 @@ impl Manifest {
 }
 
 impl Entry {
-    /// Checks it: its columns lie behind `end`, one behind the other, in a file of the length `file`. Returns
-    /// where they end.
+    /// Checks that the columns of the entry lie behind `end`, one after the other, in a file of the length
+    /// `file`. Returns the end of the last column.
     fn check(&self, form: Form, mut end: u64, file: u64) -> Result<u64> {
         let (numbers, elements) = self.numbers()?;
         if self.changed == 0 || self.changed > elements {
@@ -240,7 +240,7 @@ impl Entry {
         }
         for (number, column) in self.columns.iter().enumerate() {
             let most = longest(self.how, number, elements, numbers.width as u64, self.changed);
-            // What zstd adds at most to what it cannot compress.
+            // The most bytes that zstd adds to bytes that it cannot compress.
             let most_stored = if form == Form::Zstd { most.saturating_add(most / 128 + 512) } else { column.plain };
             if column.begin < end {
                 return Err(Error::corrupt("the columns of a delta overlap, or are not in order"));

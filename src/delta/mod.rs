@@ -1,14 +1,14 @@
-//! The difference between two states of a tensor, bit for bit, and how it is put on top of the older one.
+//! The difference between two states of a tensor, bit for bit, and its application to the older state.
 //!
-//! A *patch* says what one tensor is after an update, in one of four ways ([`How`]): where its elements
-//! changed and by how many units in the last place, as gaps or as a bitmap; indices and values; or the whole
+//! A *patch* describes one tensor after an update, in one of four ways ([`How`]): the changed elements as
+//! gaps or as a bitmap, with their changes in units in the last place; indices and values; or the whole
 //! tensor.
 //! **Exactness.** Elements are integers of their width: NaN payloads, signs of zero and every other bit
 //! pattern are kept.
-//! **Checks.** [`check`] reads a patch and the older bytes, and writes nothing: it finds every contradiction,
-//! and the digest of the result follows from that of the older bytes, because a CRC is linear. [`apply`] then
-//! writes.
-//! **Memory.** A patch is at most about as long as its tensor; what a file claims is compared with that limit
+//! **Checks.** [`check`] reads a patch and the older bytes, and writes nothing. It finds every contradiction
+//! in the patch, and computes the digest of the result from the digest of the older bytes, because a CRC is
+//! linear. [`apply`] then writes.
+//! **Memory.** A patch is at most about as long as its tensor. Lengths in a file are compared with that limit
 //! before anything is read.
 //!
 //! Modules: `number` (elements as integers), `positions` and `values` (the columns), `encode`, `apply`,
@@ -34,23 +34,23 @@ pub use pack::{pack, unpack};
 
 use serde::{Deserialize, Serialize};
 
-/// How a delta is written.
+/// The form in which a delta is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Form {
-    /// Gaps and differences in units in the last place, a byte each: about 1 % of a model of which 1 % of
-    /// the elements changed. For local disks and fast networks.
+    /// Gaps and differences in units in the last place, a byte each: about 1 % of the size of a model if 1 %
+    /// of its elements changed. For local disks and fast networks.
     #[default]
     Packed,
-    /// Indices and values, as `index_copy_` and the sparse patches of inference servers take them: about
-    /// three times as long as `Packed`.
+    /// Indices and values, as `index_copy_` and the sparse patches of inference servers use them: about three
+    /// times as long as `Packed`.
     Indices,
     /// `Packed`, and each column compressed by zstd: for networks below 1 GB/s. Needs the feature `zstd`.
     Zstd,
 }
 
-/// How the patch of one tensor says what changed.
+/// How the patch of one tensor describes the changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum How {
@@ -65,7 +65,7 @@ pub enum How {
 }
 
 impl How {
-    /// The ends of the names of its columns; the column of a whole tensor has the tensor's own name.
+    /// The suffixes of the names of its columns. The column of a whole tensor has the tensor's own name.
     pub fn columns(self) -> &'static [&'static str] {
         match self {
             Self::Sparse => &[".gaps", ".ulps"],
@@ -76,14 +76,14 @@ impl How {
     }
 }
 
-/// What one tensor is after an update.
+/// The change of one tensor in an update.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Patch {
     /// The form of its columns.
     pub how: How,
-    /// The number of elements that changed; of a whole tensor, all of them.
+    /// The number of elements that changed. For a whole tensor, all of its elements.
     pub changed: u64,
-    /// As many as [`How::columns`] names.
+    /// One column for each of [`How::columns`].
     pub columns: Vec<Vec<u8>>,
 }
 
@@ -94,7 +94,7 @@ impl Patch {
     }
 }
 
-/// The longest that a column of a patch of `elements` of `width` bytes can be, before compression.
+/// The maximum length of a column of a patch of `elements` of `width` bytes, before compression.
 pub fn longest(how: How, column: usize, elements: u64, width: u64, changed: u64) -> u64 {
     let changed = changed.min(elements);
     match (how, column) {

@@ -1,4 +1,4 @@
-//! Elements as integers of their width, in an order in which a small update is a small difference.
+//! Elements as integers of their width, ordered so that a small update is a small difference.
 
 use crate::state::Dtype;
 
@@ -7,14 +7,14 @@ use crate::state::Dtype;
 pub struct Numbers {
     /// 1, 2, 4 or 8 bytes.
     pub width: usize,
-    /// The order of the integers is that of floats.
+    /// Whether the integers are ordered as floats are.
     pub float: bool,
-    /// An element of the tensor is one of these numbers; false where several share a byte.
+    /// Whether an element of the tensor is one of these numbers. False where several elements share a byte.
     pub whole: bool,
 }
 
 impl Numbers {
-    /// Those of `dtype`. Elements of less than a byte are compared byte by byte.
+    /// The numbers of `dtype`. Elements of less than a byte are compared byte by byte.
     pub fn of(dtype: Dtype) -> Self {
         let bits = dtype.bitsize();
         let float = matches!(
@@ -35,7 +35,7 @@ impl Numbers {
 /// An element: an unsigned integer of its width.
 pub(super) trait Number: Copy + PartialEq {
     const WIDTH: usize;
-    /// Differences of this width can be longer than a byte.
+    /// Whether differences of this width can be longer than a byte.
     const LONG: bool;
 
     /// The element at `index` of `bytes`, or zero beyond their end.
@@ -44,15 +44,16 @@ pub(super) trait Number: Copy + PartialEq {
     fn set(self, bytes: &mut [u8], index: usize);
     /// The first element of `bytes`, if they are long enough.
     fn first(bytes: &[u8]) -> Option<Self>;
-    /// Appends it.
+    /// Appends the element.
     fn push(self, to: &mut Vec<u8>);
-    /// How far `new` is from `self`, folded so that small distances in either direction are small numbers.
+    /// The distance from `self` to `new`, folded so that a small distance in either direction is a small
+    /// number.
     fn distance(self, new: Self, float: bool) -> Self;
-    /// The element that is this far away.
+    /// The element at this distance.
     fn moved(self, distance: Self, float: bool) -> Self;
     fn byte(self) -> u8;
     fn from_byte(byte: u8) -> Self;
-    /// The numbers that differ in `a` and `b`, bit by bit.
+    /// The exclusive or of both numbers, bit by bit.
     fn xor(self, other: Self) -> Self;
     fn is_zero(self) -> bool;
     fn is_long(self) -> bool;
@@ -147,7 +148,7 @@ number!(u16, i16);
 number!(u32, i32);
 number!(u64, i64);
 
-/// What makes floats comparable as integers: the highest negative ones become the lowest integers.
+/// Orders floats as integers: the negative floats of the largest magnitude become the lowest integers.
 trait Ordered: Copy {
     fn invert_or_mark(self, sign: Self) -> Self;
     fn sign(bits: u32) -> Self;

@@ -1,15 +1,16 @@
-//! Columns that are compressed by zstd.
+//! Compression of columns by zstd.
 
 use crate::error::{Error, Result};
 #[cfg(feature = "zstd")]
 use zstd::zstd_safe::{CParameter, Strategy};
 
-/// What compressed columns have at the end of their names.
+/// The suffix of the names of compressed columns.
 pub const SUFFIX: &str = ".zst";
 
-/// Columns are noise of few symbols, with runs where no row of an embedding changed. Matches of fewer than 7
-/// bytes in them cost more than the bytes themselves, and small tables find those worth having. At level 1 a
-/// column of differences is a tenth longer; higher levels take longer and do not win.
+/// Columns are noise of few symbols, with runs where no row of an embedding changed. In such columns, matches
+/// of fewer than 7 bytes cost more than the bytes themselves, and small tables find the matches that are
+/// worth it. At level 1 a column of differences is a tenth longer. Higher levels take longer and do not
+/// compress better.
 #[cfg(feature = "zstd")]
 const PARAMETERS: [CParameter; 4] = [
     CParameter::Strategy(Strategy::ZSTD_dfast),
@@ -34,13 +35,13 @@ pub fn pack(column: &[u8]) -> Result<Vec<u8>> {
 /// Decompresses a column of `length` bytes, and no more.
 ///
 /// # Errors
-/// `Corrupt` when it is not a column of that length; `Invalid` without the feature `zstd`.
+/// `Corrupt` when the bytes are not a column of that length; `Invalid` without the feature `zstd`.
 #[cfg(feature = "zstd")]
 pub fn unpack(packed: &[u8], length: usize) -> Result<Vec<u8>> {
     let wrong = || Error::corrupt(format!("a compressed column of a delta cannot be read bytes={length}"));
     let mut column = Vec::new();
     column.try_reserve_exact(length).map_err(|_| wrong())?;
-    // The decoder writes into what the vector has reserved, never beyond.
+    // The decoder writes into the reserved capacity of the vector, never beyond it.
     let mut decoder = zstd::bulk::Decompressor::new().map_err(|e| wrong().with_source(e))?;
     decoder.decompress_to_buffer(packed, &mut column).map_err(|e| wrong().with_source(e))?;
     if column.len() == length { Ok(column) } else { Err(wrong()) }

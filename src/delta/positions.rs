@@ -1,11 +1,12 @@
-//! Where elements changed: gaps, a bitmap, or indices, each as an iterator that finds every contradiction.
+//! The positions of changed elements: gaps, a bitmap or indices. Each is an iterator that finds every
+//! contradiction.
 
 use crate::error::{Error, Result};
 
-/// A gap of this byte goes on in the next one.
+/// A gap of this byte continues in the next byte.
 pub(super) const GO_ON: u8 = 255;
 
-/// Appends the gap before a changed element: how many elements before it did not change.
+/// Appends the gap before a changed element: the number of unchanged elements before it.
 #[inline(always)]
 pub(super) fn push_gap(gaps: &mut Vec<u8>, mut gap: usize) {
     while gap >= GO_ON as usize {
@@ -51,10 +52,10 @@ impl<'a> Positions<'a> {
         Ok(if wide { Self::Wide { indices, next, elements } } else { Self::Narrow { indices, next, elements } })
     }
 
-    /// The next index; None at the end of the column.
+    /// Returns the next index. None at the end of the column.
     ///
     /// # Errors
-    /// `Corrupt` when it is beyond the tensor, not above the one before it, or incomplete.
+    /// `Corrupt` when the index is beyond the tensor, not above the previous index, or incomplete.
     #[inline(always)]
     pub fn next(&mut self) -> Result<Option<usize>> {
         match self {

@@ -1,4 +1,4 @@
-//! Every coder on every dtype, and patches that no coder made.
+//! Tests of every encoder on every dtype, and of patches that no encoder made.
 
 use super::*;
 use crate::digest::Digest;
@@ -6,7 +6,7 @@ use crate::id::Attempt;
 use crate::state::{DTYPES, Dtype};
 use proptest::prelude::*;
 
-/// Bytes from a seed.
+/// Returns bytes generated from a seed.
 fn noise(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed | 1;
     let mut next = || {
@@ -18,7 +18,7 @@ fn noise(len: usize, seed: u64) -> Vec<u8> {
     (0..len.div_ceil(8)).flat_map(|_| next().to_le_bytes()).take(len).collect()
 }
 
-/// `old` with about `share` of 1000 elements changed: by one unit, by their sign, or to anything.
+/// Returns `old` with about `share` of 1000 elements changed: by one unit, in their sign, or to any value.
 fn changed(old: &[u8], width: usize, share: usize, seed: u64) -> Vec<u8> {
     let (mut new, dice) = (old.to_vec(), noise(old.len() / width * 16, seed));
     for (element, dice) in new.chunks_exact_mut(width).zip(dice.chunks_exact(16)) {
@@ -39,7 +39,7 @@ fn forms() -> impl Strategy<Value = Form> {
     prop::sample::select(forms.collect::<Vec<_>>())
 }
 
-/// A patch as a reader gets it.
+/// Returns a patch as a reader gets it.
 fn through_file(patch: &Patch, form: Form) -> Patch {
     if form != Form::Zstd {
         return patch.clone();

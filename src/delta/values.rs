@@ -1,9 +1,9 @@
-//! What changed elements are: distances from the older ones, or values.
+//! New values of changed elements: distances from the older values, or the values themselves.
 
 use super::number::Number;
 use crate::error::{Error, Result};
 
-/// A distance of this byte is the whole distance, in as many bytes as an element has, after it.
+/// A distance of this byte means that the whole distance follows, in as many bytes as an element has.
 pub(super) const LONG: u8 = 255;
 
 /// Appends a distance.
@@ -17,7 +17,7 @@ pub(super) fn push_distance<N: Number>(ulps: &mut Vec<u8>, distance: N) {
     }
 }
 
-/// The column that says what changed elements are.
+/// The column of the new values of changed elements.
 #[derive(Clone, Debug)]
 pub(super) enum Values<'a> {
     Ulps { ulps: &'a [u8], float: bool },
@@ -25,10 +25,10 @@ pub(super) enum Values<'a> {
 }
 
 impl Values<'_> {
-    /// What the next changed element is, which was `old`.
+    /// Returns the new value of the next changed element, whose older value was `old`.
     ///
     /// # Errors
-    /// `Corrupt` when the column ends, or says that nothing changed.
+    /// `Corrupt` when the column ends, or when the new value equals the old one.
     #[inline(always)]
     pub fn next<N: Number>(&mut self, old: N) -> Result<N> {
         match self {

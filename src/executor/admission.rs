@@ -15,13 +15,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// How long after the deadline the rounds of several ranks may take to end: a veto and its fsync.
+/// How long after the deadline the rounds of several ranks may take to end. They may need a veto and its
+/// fsync.
 const ROUNDS_GRACE: Duration = Duration::from_secs(10);
 
-/// What is to be admitted.
+/// The request that is to be admitted.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind<'a> {
-    /// A save whose state comes later. Its fence and its place are checked when it begins.
+    /// A save whose state arrives later. Its fence and its place are checked when it begins.
     Deferred,
     /// A save to this place.
     To(&'a Place),
@@ -29,13 +30,13 @@ pub(super) enum Kind<'a> {
 
 /// The decision on a requested save.
 enum Verdict {
-    /// It may begin.
+    /// The save may begin.
     Begin,
-    /// It does not begin and ends with this outcome.
+    /// The save does not begin and ends with this outcome.
     Ended(Outcome),
-    /// Ask again after this waiting save has been superseded: see [`supersede`].
+    /// The caller asks again after this waiting save has been superseded: see [`supersede`].
     InsteadOf(Waiting),
-    /// Ask again when one of these unfinished saves has ended.
+    /// The caller asks again when one of these unfinished saves has ended.
     After(Vec<Arc<Ticket>>),
 }
 
@@ -45,8 +46,8 @@ enum Waiting {
     Deferred(Arc<Ticket>),
 }
 
-/// Decides whether a save of `step` may begin now. Does not wait: the caller holds the lock that every other
-/// save needs.
+/// Decides whether a save of `step` may begin at once. Never waits, because the caller holds the lock that
+/// every other save needs.
 ///
 /// # Errors
 /// `Conflict` when the step is being saved.
@@ -55,7 +56,7 @@ fn admit(stager: &Stager, overlap: Overlap, step: u64, kind: Kind<'_>) -> Result
     if let Kind::To(place) = kind {
         refuse_conflict(&unfinished, step, place)?;
     }
-    // Saves of other steps to the same place would be published in any order.
+    // Saves of other steps to the same place would be published in any order, so this save waits for them.
     let begin = |unfinished: &[Arc<Ticket>]| match kind {
         Kind::To(place) => match to(place, unfinished) {
             earlier if earlier.is_empty() => Verdict::Begin,
@@ -83,13 +84,13 @@ fn admit(stager: &Stager, overlap: Overlap, step: u64, kind: Kind<'_>) -> Result
     Ok(if unfinished.len() <= room { begin(&unfinished) } else { Verdict::After(unfinished) })
 }
 
-/// The saves that have begun and not ended, to `place`.
+/// Returns the saves to `place` that have begun and not ended.
 fn to(place: &Place, unfinished: &[Arc<Ticket>]) -> Vec<Arc<Ticket>> {
     unfinished.iter().filter(|t| !t.is_deferred() && t.extent().place == *place).cloned().collect()
 }
 
-/// Refuses a save of the step `step` in the root if another save of that step there has begun and not ended.
-/// A directory outside of the root is no step.
+/// Refuses a save of the step `step` in the root if another save of that step in the root has begun and not
+/// ended. A directory outside of the root is no step.
 fn refuse_conflict(unfinished: &[Arc<Ticket>], step: u64, place: &Place) -> Result<()> {
     let in_root = |t: &Ticket| !t.is_deferred() && t.extent().place.parent.is_none();
     if place.parent.is_none() && unfinished.iter().any(|t| t.step == step && in_root(t)) {
@@ -115,11 +116,11 @@ pub(super) fn shut_down() -> Error {
     Error::invalid("the executor is shut down")
 }
 
-/// Waits until one of `unfinished` has ended. That is not always the oldest: each has its own deadline and
-/// can be cancelled.
+/// Waits until one of `unfinished` has ended. The first to end is not always the oldest: each has its own
+/// deadline and can be cancelled.
 ///
 /// # Errors
-/// `Busy` at the deadline; at once in a thread of the executor, because the saves may be waiting for that
+/// `Busy` at the deadline, or at once in a thread of the executor, because the saves may be waiting for that
 /// thread.
 pub(super) fn wait(stager: &Stager, unfinished: &[Arc<Ticket>], step: u64, deadline: Instant) -> Result<()> {
     let ended = || unfinished.iter().any(|ticket| ticket.done.is_complete()).then_some(());
@@ -137,7 +138,7 @@ pub(super) fn wait(stager: &Stager, unfinished: &[Arc<Ticket>], step: u64, deadl
     Err(Error::new(ErrorKind::Busy, busy).with_step(step))
 }
 
-/// A save that may begin, with the lock under which it begins; or the handle of one that has ended.
+/// A save that may begin, with the lock under which it begins, or the handle of a save that has ended.
 pub(super) enum Admitted<'a> {
     Begins(MutexGuard<'a, Admission>, Attempt),
     Ended(Save),
@@ -190,8 +191,8 @@ impl CheckpointExecutor {
         }
     }
 
-    /// [`CheckpointExecutor::admit`] without its wait. The inner error is the unfinished saves that leave no
-    /// room: ask again when one of them has ended.
+    /// [`CheckpointExecutor::admit`] without its wait. The inner error lists the unfinished saves that leave
+    /// no room: the caller asks again when one of them has ended.
     pub(super) fn admit_now(
         &self,
         step: u64,
@@ -252,15 +253,15 @@ impl CheckpointExecutor {
         Ok(Admitted::Begins(admission, ticket.attempt()))
     }
 
-    /// Refuses a save if an earlier one of writable tensors was not fenced: the program would write while
-    /// copies read.
+    /// Refuses a save if an earlier save of writable tensors was not fenced: the program would write them
+    /// while copies read them.
     fn refuse_unfenced(&self, step: u64) -> Result<()> {
         let Some(ticket) = self.stager.saves.unfenced() else { return Ok(()) };
         let why = "writable tensors are still being read: call `fence` before the next save";
         Err(Error::invalid(format!("{why} unfenced={}", ticket.step)).with_step(step))
     }
 
-    /// The outcome of a save that is requested after admission has closed.
+    /// Returns the outcome of a save that is requested after admission has closed.
     fn last_word(&self, step: u64) -> Outcome {
         Outcome::Skipped { by: self.stager.saves.unfinished().last().map_or(step, |ticket| ticket.step) }
     }
@@ -274,7 +275,7 @@ impl CheckpointExecutor {
     }
 
     pub(super) fn issue(&self, step: u64, attempt: Attempt, began: Instant, deadline: Instant) -> Arc<Ticket> {
-        // The thread that carries out the rounds knows which ranks are missing at the deadline.
+        // The committer knows which ranks are missing at the deadline, so it gets time to report them.
         let grace = if self.turns.is_some() { ROUNDS_GRACE } else { Duration::ZERO };
         let issue = Issue { step, attempt, deadline, grace };
         let ticket = Ticket::new(issue, began, self.stager.signal.clone(), self.stager.calls.clone());

@@ -1,8 +1,8 @@
 //! Retries: another attempt at a save that failed for a transient reason.
 //!
-//! **Protocol.** The committer begins the new attempt when nothing is left of the one before: every chunk has
-//! been returned, and that attempt is abandoned. The new attempt has the same ticket, so the handle, the
-//! deadline and the position among other saves stay.
+//! **Protocol.** The committer begins the new attempt when nothing is left of the previous one: every chunk
+//! was returned, and the previous attempt was abandoned. The new attempt has the same ticket, so the handle,
+//! the deadline and the position among other saves stay the same.
 //! **Cancellation.** A save that was cancelled or given up is not retried: the ticket decides that under one
 //! lock.
 
@@ -21,7 +21,7 @@ use std::time::Duration;
 /// Keeps a second copy of the sources of `state`, if the options allow a retry.
 ///
 /// # Errors
-/// `Invalid` if the state could have changed by the next attempt.
+/// `Invalid` if the state could change before the next attempt.
 pub(super) fn keep(
     state: &mut StateDict<'static>,
     left: u32,
@@ -44,7 +44,7 @@ fn split(state: StateDict<'static>) -> Result<(StateDict<'static>, StateDict<'st
     guarded("a source panicked while it was read", || state.split())
 }
 
-/// Retries the save of `task`, which failed with `why`. False if the save ends with that error.
+/// Retries the save of `task`, which failed with `why`. Returns false if the save ends with that error.
 pub(super) fn try_again(task: &Task, stager: &Stager, why: &Error) -> bool {
     let Request { ticket, plan, name, parent, brought, overwrite, session, .. } = &task.request;
     let Some(mut kept) = task.take_kept() else { return false };
@@ -70,7 +70,7 @@ pub(super) fn try_again(task: &Task, stager: &Stager, why: &Error) -> bool {
         values: state.take_values(),
         rank_values: BTreeMap::new(),
         metadata: std::mem::take(&mut state.metadata),
-        // Nothing can write the kept state, so nothing is compared.
+        // No thread can write the kept state, so no digests are compared.
         expected: Vec::new(),
         replicas: None,
         device_digests: DeferredDigests(Box::new(|| Ok(Vec::new()))),
@@ -91,7 +91,7 @@ pub(super) fn try_again(task: &Task, stager: &Stager, why: &Error) -> bool {
     });
     let Some(job) = left_over else { return true };
     dropped(job.state);
-    // The ticket becomes failed again, and nothing reads its sources.
+    // The ticket is marked as failed again, and nothing reads its sources.
     ticket.fail(why.clone());
     ticket.release();
     false

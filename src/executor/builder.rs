@@ -1,8 +1,8 @@
-//! The builder of an executor: takes settings, which are plain data, and components, which are not.
+//! The builder of an executor: it takes settings, which are plain data, and components, which are not.
 //!
 //! # Safety argument
-//! The one unsafe function makes no unsafe call: it takes an address in GPU memory, and its caller promises
-//! what the kernels that use that memory rely on.
+//! The one unsafe function makes no unsafe call. It takes an address in GPU memory, and its caller promises
+//! the properties that the kernels using that memory rely on.
 #![expect(unsafe_code, reason = "takes memory for kernels; argument above")]
 
 use super::destination::{Destination, Elsewhere};
@@ -59,9 +59,9 @@ pub struct Builder {
     root: PathBuf,
     settings: Settings,
     storage: Option<Arc<dyn Storage>>,
-    /// Replaces the device that the settings choose.
+    /// The device that replaces the one chosen by the settings.
     device: Option<Arc<dyn Device>>,
-    /// The program's memory for the scratch, and its size in bytes.
+    /// The program's memory for the scratch, with its size in bytes.
     given: Option<(ProgramMemory, u64)>,
     /// Keeps steps beyond the retention of the settings.
     policy: Policy,
@@ -108,80 +108,83 @@ impl Builder {
     }
 
     setters! {
-        /// Size of the pinned arena in bytes: 256 MiB.
+        /// Sets the size of the pinned arena in bytes. Default: 256 MiB.
         arena: u64,
-        /// Size of a chunk in bytes, a multiple of 4096: 8 MiB. Chunks above 16 MiB delay the program's own
-        /// reads from a GPU.
+        /// Sets the size of a chunk in bytes, a multiple of 4096. Default: 8 MiB. Chunks above 16 MiB delay
+        /// the program's own reads from a GPU.
         chunk: u64,
-        /// Number of writer threads: 4.
+        /// Sets the number of writer threads. Default: 4.
         writers: usize,
-        /// Maximum number of shard files per save: 1.
+        /// Sets the maximum number of shard files per save. Default: 1.
         files: usize,
-        /// Request direct I/O: true.
+        /// Sets whether to request direct I/O. Default: true.
         direct: bool,
-        /// Which system calls write files: `Auto`.
+        /// Sets which system calls write files. Default: `Auto`.
         engine: Engine,
-        /// How owner records are locked: `Flock`, by flock(2).
+        /// Sets how owner records are locked. Default: `Flock`, by flock(2).
         locks: Locks,
-        /// Age at which a sweep deletes an attempt whose lock cannot tell whether its owner is alive: a day
-        /// without a change.
+        /// Sets the age at which a sweep deletes an attempt whose lock cannot tell whether its owner is
+        /// alive. Default: a day without a change.
         abandoned_after: Duration,
-        /// Priority of the threads behind the stager: `Normal`.
+        /// Sets the priority of the threads that follow the stager. Default: `Normal`.
         priority: Priority,
-        /// What `save` does while earlier saves are unfinished: `Queue(1)`.
+        /// Sets what `save` does while earlier saves are unfinished. Default: `Queue(1)`.
         overlap: Overlap,
-        /// What happens to errors of saves that no handle and no call has returned: `NextCall`, the next
-        /// `save` returns them.
+        /// Sets what happens to errors of saves that no handle and no call has returned. Default: `NextCall`,
+        /// the next `save` returns them.
         on_unseen_error: OnUnseenError,
-        /// Which saves detect forgotten fences: `First`, the first two.
+        /// Sets which saves detect forgotten fences. Default: `First`, the first two.
         detect: Detect,
-        /// Size of the capture pool in bytes, GPU memory for small tensors that are captured at `save`: 16
-        /// MiB. With 0 the GPU gathers nothing.
+        /// Sets the size of the capture pool in bytes, GPU memory for small tensors that are captured at
+        /// `save`. Default: 16 MiB. With 0 the GPU gathers nothing.
         gather: u64,
-        /// Size of the scratch in bytes, GPU memory for late copies at fences and ends of scopes: 0, none.
-        /// Each GPU with tensors of a state has as much. Experimental.
+        /// Sets the size of the scratch in bytes, GPU memory for late copies at fences and ends of scopes.
+        /// Default: 0, none. Each GPU with tensors of a state allocates this much. Experimental.
         scratch: u64,
-        /// Streams at a fence wait for a number in memory instead of an event, so that a save that fails
-        /// releases them: false. See [`Settings::memory_waits`].
+        /// Sets whether streams at a fence wait for a number in memory instead of an event, so that a save
+        /// that fails releases them. Default: false. See [`Settings::memory_waits`].
         memory_waits: bool,
-        /// Queue the copies of a chunk from a GPU in one call, if its driver supports that: false. Not
-        /// measured yet.
+        /// Sets whether the copies of a chunk from a GPU are queued in one call, if its driver supports that.
+        /// Default: false. Not measured yet.
         batch: bool,
-        /// Bytes that one save may copy on the calling thread: 1 MiB.
+        /// Sets how many bytes one save may copy on the calling thread. Default: 1 MiB.
         capture_budget: u64,
-        /// Number of newest steps to keep; older ones are deleted after a commit. The default keeps all.
+        /// Sets how many newest steps to keep. Older steps are deleted after a commit. The default keeps all.
         keep_last: usize,
-        /// Keep every step that is a multiple of this, beyond `keep_last`. Refused without `keep_last`.
+        /// Keeps every step that is a multiple of this, beyond `keep_last`. Refused without `keep_last`.
         keep_every: u64,
-        /// Verify a step of an earlier process, by reading it whole, before it counts for `keep_last`: false.
+        /// Sets whether a step of an earlier process is verified, by reading it whole, before it counts for
+        /// `keep_last`. Default: false.
         verify_kept: bool,
-        /// What a save does with a damaged step of the same number: `Replace`.
+        /// Sets what a save does with a damaged step of the same number. Default: `Replace`.
         damaged: OnDamaged,
-        /// Write a line for each save into a log of the root, which `ashore report` reads: true.
+        /// Sets whether a line for each save is written to a log in the root, which `ashore report` reads.
+        /// Default: true.
         run_log: bool,
-        /// Share the files of older steps that have not changed: true. See [`Settings::links`].
+        /// Sets whether unchanged files of older steps are shared. Default: true. See [`Settings::links`].
         links: bool,
-        /// A shared file is written again after so many saves and `link_age`, whichever is later: 16.
+        /// Sets after how many saves a shared file is written again, or after `link_age`, whichever is later.
+        /// Default: 16.
         link_saves: u32,
-        /// The time after which a shared file is written again: a day.
+        /// Sets the time after which a shared file is written again. Default: a day.
         link_age: Duration,
-        /// A save that is not durable after this time fails: 30 minutes.
+        /// Sets the time after which a save that is not durable fails. Default: 30 minutes.
         save_timeout: Duration,
-        /// A save whose tensors are still read when a fence has waited this long fails: 10 minutes.
+        /// Sets how long a fence waits before a save that still reads its tensors fails. Default: 10 minutes.
         fence_timeout: Duration,
-        /// How long dropping the executor waits for saves in flight: 5 minutes.
+        /// Sets how long dropping the executor waits for saves in flight. Default: 5 minutes.
         shutdown_timeout: Duration,
     }
 
-    /// Traces saves into the file `path`: see [`Settings::trace`]. By default `ASHORE_TRACE` names it, if it
-    /// is set.
+    /// Traces saves to the file `path`: see [`Settings::trace`]. By default the variable `ASHORE_TRACE` names
+    /// the file, if it is set.
     pub fn trace(mut self, path: impl Into<String>) -> Self {
         self.settings.trace = Some(path.into());
         self
     }
 
-    /// Keeps steps that `policy` chooses, such as the [best](crate::catalog::Best), beyond those of
-    /// `keep_last` and `keep_every`. If neither is set, keeps them beyond the newest durable step.
+    /// Keeps steps that `policy` chooses, such as the [best](crate::catalog::Best), beyond those that
+    /// `keep_last` and `keep_every` keep. If neither is set, keeps them beyond the newest durable step.
     pub fn preserve(mut self, policy: impl PreservationPolicy + 'static) -> Self {
         self.policy = Policy(Some(Arc::new(policy)));
         self
@@ -193,7 +196,7 @@ impl Builder {
         self
     }
 
-    /// Sets the device that copies: by default that of the tensors.
+    /// Sets the device that copies. Default: the device of the tensors.
     pub fn device(mut self, choice: DeviceChoice) -> Self {
         (self.settings.device, self.device) = (choice, None);
         self
@@ -213,7 +216,7 @@ impl Builder {
         self
     }
 
-    /// Ignores `ASHORE_TIER`: for executors that are not the one of a job, because a tier has one owner.
+    /// Ignores `ASHORE_TIER`. It is for executors other than the one of a job, because a tier has one owner.
     #[doc(hidden)]
     pub fn no_tier_from_env(mut self) -> Self {
         self.no_tier_from_env = true;
@@ -223,14 +226,14 @@ impl Builder {
     /// Uses the program's own memory as scratch, so that the program's allocator accounts for it: `bytes`
     /// bytes at `address` on the device `ordinal`, which must be the executor's. `bytes` replaces the size
     /// given to [`Builder::scratch`]. Other devices get no scratch then: fences wait for the copies of states
-    /// with tensors of them.
+    /// with tensors on them.
     ///
     /// # Safety
     /// Until `keep_alive` is dropped, the memory stays allocated in the primary context of that device, any
     /// stream may read and write it, and only this executor reads or writes it. Work of the program that uses
-    /// the memory has ended when [`Builder::build`] is called. Any thread may drop `keep_alive`. It is
-    /// dropped when the executor has ended, or could not be built, and nothing on the device will use the
-    /// memory any more; if that is not known in time, it is never dropped.
+    /// the memory has ended when [`Builder::build`] is called. Any thread may drop `keep_alive`. The executor
+    /// drops it after it has ended, or could not be built, and when nothing on the device will use the memory
+    /// any more. If the executor cannot know that in time, it never drops `keep_alive`.
     pub unsafe fn scratch_in(
         mut self,
         ordinal: u32,
@@ -244,12 +247,12 @@ impl Builder {
 
     /// Saves together with other ranks, which `coordinator` reaches: each rank saves its part, and the step
     /// becomes visible as a whole or not at all. Every rank builds its executor and calls `save` for the same
-    /// steps in the same order; rank 0 alone applies the overlap policy and the retention, and its values and
-    /// metadata are saved.
+    /// steps in the same order. Only rank 0 applies the overlap policy and the retention, and only its values
+    /// and metadata are saved.
     ///
-    /// [`Builder::build`] then waits until all ranks have come, at most for `save_timeout`, and takes the
+    /// [`Builder::build`] then waits until all ranks have joined, at most for `save_timeout`, and takes the
     /// root over from earlier runs of the job. List steps after that. The first save of a structure waits in
-    /// the call of `save` until all ranks have described their tensors, and so for earlier saves.
+    /// the call of `save` until all ranks have described their tensors, and therefore also for earlier saves.
     ///
     /// ```
     /// use ashore::ranks::{Member, SharedDirectory};
@@ -287,29 +290,29 @@ impl Builder {
         self
     }
 
-    /// The identity of the run, the same on all its ranks: it keeps the ranks of two jobs apart. The default
-    /// is what the [launcher](crate::ranks::launcher) gives, if it does.
+    /// Sets the identity of the run, the same on all its ranks. It keeps the ranks of two jobs apart. The
+    /// default is the identity from the [launcher](crate::ranks::launcher), if it gives one.
     pub fn run(mut self, run: impl Into<String>) -> Self {
         self.run = Some(run.into());
         self
     }
 
-    /// Copies durable steps to another root, too, which is a tier behind this executor's: a directory of a
-    /// shared file system, a neighbour's or `/dev/shm`, or an object store. Call it once for each tier, the
-    /// nearest first. Without a call, the setting `tier` or the variable `ASHORE_TIER` names one. A tier is
-    /// of one executor. With several ranks, all give the same tiers, which all of them see; rank 0 promotes,
+    /// Also copies durable steps to another root, a tier behind this executor's root: a directory of a shared
+    /// file system, a neighbour's or `/dev/shm`, or an object store. Call it once for each tier, the nearest
+    /// first. Without a call, the setting `tier` or the variable `ASHORE_TIER` names one tier. A tier belongs
+    /// to one executor. With several ranks, all ranks give the same tiers and must see them. Rank 0 promotes,
     /// and only its saves have [`Save::durable_in`](crate::Save::durable_in).
     ///
     /// [`Builder::build`] takes each tier over, so that no earlier session of the job, such as that of a node
-    /// that comes back late, can promote to it. List steps after that, with
-    /// [`CheckpointExecutor::latest`]. See [`crate::tiers`].
+    /// that comes back late, can promote to it. List steps after that, with [`CheckpointExecutor::latest`].
+    /// See [`crate::tiers`].
     pub fn tier(mut self, tier: Tier) -> Self {
         self.tiers.push(tier);
         self
     }
 
     /// Builds the executor: creates the root if it is missing, allocates the arena, starts the threads, and
-    /// sweeps what dead processes left.
+    /// sweeps files that dead processes left.
     ///
     /// # Errors
     /// `Invalid`, naming the setting; errors of the storage and of the device; `Busy` if the system has no
@@ -327,7 +330,7 @@ impl Builder {
         if tiers.is_empty() {
             let var = |name: &str| std::env::var(name).ok();
             if no_tier_from_env {
-                // Settings that were read from the environment name it, too.
+                // Settings that were read from the environment contain this tier, too.
                 settings.tier = settings.tier.filter(|tier| var("ASHORE_TIER").as_ref() != Some(tier));
             } else {
                 settings.tier_from(var)?;
@@ -339,7 +342,7 @@ impl Builder {
             Some(storage) => storage,
             None => storage::open_with(&root, &settings)?,
         };
-        // The take-over of the root deletes what earlier sessions have noted.
+        // The take-over of the root deletes the notes of earlier sessions, so the note is read first.
         let note = if tiers.is_empty() { Note::default() } else { Note::read(storage.as_ref()) };
         let group = ranks.meet(storage.as_ref(), run, &note, settings.save_timeout)?;
         if group.is_none() {
@@ -358,8 +361,8 @@ impl Builder {
     }
 }
 
-/// What the settings name and this process has found: where an executor writes, with whom and from which
-/// device. No memory is allocated and no thread runs yet.
+/// The settings, and what this process has found: the storage, the ranks and the device of an executor. No
+/// memory is allocated and no thread runs yet.
 struct Probed {
     settings: Settings,
     storage: Arc<dyn Storage>,
@@ -440,8 +443,8 @@ impl Probed {
         };
         let (staging, committer, tidying) = (signal.clone(), signal.clone(), signal);
 
-        // Waits while tidying is behind. If the tidying thread has ended, the send fails and the next process
-        // sweeps.
+        // The send waits while the tidying thread is behind. If that thread has ended, the send fails and the
+        // next process sweeps.
         let leave = move |left: Option<Leftover>| left.into_iter().for_each(|left| dropped(leftovers.send(left)));
         let (commits, commit): (_, Box<dyn FnOnce() + Send>) = match rounds {
             None => {
@@ -478,7 +481,7 @@ impl Probed {
         let mut handles = std::mem::take(&mut pool.threads);
         handles.push(spawn("ashore-stage".into(), stage)?);
         handles.push(spawn("ashore-commit".into(), commit)?);
-        // Rank 0 alone prunes and sweeps, and owns the attempts.
+        // Only rank 0 prunes and sweeps, and owns the attempts.
         if leads {
             handles.push(spawn("ashore-tidy".into(), tidy)?);
             handles.push(spawn("ashore-touch".into(), move || touch::run(&ended_tidying, touched.as_ref(), touch))?);
@@ -493,17 +496,17 @@ impl Probed {
     }
 }
 
-/// The body of the thread that commits the saves of one process, as they end.
+/// The body of the committer of one process: it commits saves as they end.
 fn commit_alone(endings: &Receiver<Arc<Task>>, mut committing: Committing, leave: impl Fn(Option<Leftover>)) {
     for task in endings {
         leave(ending::conclude(&mut committing, &task, commit::conclude));
         dropped(task);
     }
-    // The thread that tidies up ends next, and must not read a long file first.
+    // The tidying thread ends next, and must not read a long file first.
     committing.history.close();
 }
 
-/// The body of the thread that commits the saves of several ranks, in the order of calls.
+/// The body of the committer of several ranks: it commits saves in the order of calls.
 fn commit_several(
     calls: Receiver<Called>,
     rounds: Rounds,
@@ -532,7 +535,7 @@ fn fits(given: ProgramMemory, bytes: u64, device: &dyn Device) -> Result<Program
     Err(Error::invalid(format!("{why} {memory}")))
 }
 
-/// Registers one buffer with both: the device copies to it and the storage writes from it.
+/// Registers one buffer with the device, which copies to it, and with the storage, which writes from it.
 struct Registrars<'a>(&'a dyn Device, &'a dyn Storage);
 
 impl Register for Registrars<'_> {

@@ -1,5 +1,5 @@
-//! Deferred saves: their state arrives later, but they have a position among other saves, a handle and a
-//! deadline before it.
+//! Deferred saves: before their state arrives, they have a position among other saves, a handle and a
+//! deadline.
 
 use super::CheckpointExecutor;
 use super::admission::{Admitted, Kind, wait};
@@ -22,15 +22,15 @@ use std::time::{Duration, Instant};
 pub(crate) struct DeferredSave {
     stager: Arc<Stager>,
     ticket: Arc<Ticket>,
-    /// The stager has the save and will end it.
+    /// Set when the stager has the save and will end it.
     begun: bool,
-    /// The save has a position among those of the executor.
+    /// Whether the save has a position among those of the executor.
     listed: bool,
 }
 
 impl CheckpointExecutor {
-    /// Reserves a position for a save of `step`, whose state arrives later, as the overlap policy says. None
-    /// if that ended the save.
+    /// Reserves a position for a save of `step`, whose state arrives later, as the overlap policy allows.
+    /// None if the policy ended the save.
     ///
     /// # Errors
     /// As [`CheckpointExecutor::save`], except that the step is checked when the save begins.
@@ -46,13 +46,13 @@ impl CheckpointExecutor {
         Ok(self.position(step, admitted, began, deadline))
     }
 
-    /// Saves `state` as `to` says, for threads that outlive their callers: the wait for room does not keep
-    /// the executor alive, so that the program's last `Arc` waits for saves when it is dropped. The save has
-    /// its position from the moment in which there is room.
+    /// Saves `state` with the options from `to`, for threads that outlive their callers. The wait for room
+    /// does not keep the executor alive, so that the program's last `Arc` waits for saves when it is dropped.
+    /// The save gets its position when there is room.
     ///
     /// # Errors
-    /// Those of `to`; `Cancelled` if the executor has been dropped; `Busy` if too many saves were still
-    /// unfinished at `deadline`; as [`CheckpointExecutor::defer`]. The save returns all others.
+    /// Errors of `to`; `Cancelled` if the executor has been dropped; `Busy` if too many saves were still
+    /// unfinished at `deadline`; errors of [`CheckpointExecutor::defer`]. The save returns all others.
     pub(crate) fn save_when_room(
         executor: &Weak<Self>,
         deadline: Instant,
@@ -94,7 +94,7 @@ impl CheckpointExecutor {
         Ok(())
     }
 
-    /// Takes the position of an admitted save whose state is not here yet.
+    /// Gives a position to an admitted save whose state has not arrived yet.
     fn position(
         &self,
         step: u64,
@@ -115,8 +115,8 @@ impl CheckpointExecutor {
         (Save::new(ticket), Some(deferred))
     }
 
-    /// Returns a handle for something that takes no position among the saves of this executor, because
-    /// another save does, or nothing of it is written here. The overlap policy does not count it.
+    /// Returns a handle for work that takes no position among the saves of this executor: another save has
+    /// the position, or this executor writes nothing of it. The overlap policy does not count it.
     pub(crate) fn stand_in(&self, step: u64, timeout: Option<Duration>) -> Result<(Save, DeferredSave)> {
         self.alive()?;
         self.report_unseen()?;
@@ -125,8 +125,8 @@ impl CheckpointExecutor {
         Ok((save, DeferredSave { stager, ticket, begun: false, listed: false }))
     }
 
-    /// Returns the handle of a save that failed before it could begin. The next call returns its error if
-    /// nothing has observed it.
+    /// Returns the handle of a save that failed before it could begin. The next call returns its error if the
+    /// program has not observed it.
     pub(crate) fn failed(&self, step: u64, error: Error) -> Save {
         let (began, attempt) = (Instant::now(), Attempt::new());
         let ticket = self.issue(step, attempt, began, began);
@@ -140,20 +140,20 @@ impl CheckpointExecutor {
 }
 
 impl DeferredSave {
-    /// Claims the save for its state, so that no other save supersedes it. False if another save already has,
-    /// or the save has ended otherwise.
+    /// Claims the save for its state, so that no other save supersedes it. False if another save has claimed
+    /// it already, or if the save has ended.
     pub fn claim(&self) -> bool {
         !self.ticket.awaited.swap(true, Ordering::AcqRel) && !self.ticket.done.is_complete()
     }
 
-    /// Makes the save one that can be neither cancelled nor given up as failed any more: others decide on it
-    /// now. False if it has failed.
+    /// Marks the save as one that can be neither cancelled nor given up as failed, because other parties now
+    /// decide on it. False if it has failed.
     pub fn commit(&self) -> bool {
         self.ticket.release();
         self.ticket.enter(Phase::Promised)
     }
 
-    /// The save.
+    /// Returns a handle of the save.
     pub fn save(&self) -> Save {
         Save::new(self.ticket.clone())
     }
@@ -167,7 +167,7 @@ impl DeferredSave {
         }
     }
 
-    /// Describes the checkpoint at `path`, which something other than the engine has written.
+    /// Describes the checkpoint at `path`, which was written by other code than the engine.
     pub fn elsewhere(&self, path: PathBuf) -> Committed {
         Committed {
             step: self.ticket.step,

@@ -12,8 +12,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// The storages of saves that are not steps of the root: what the executor's storage has elsewhere, or what
-/// such a save has brought.
+/// The storages of saves that are not steps of the root: another directory of the executor's storage, or the
+/// storage that the save has brought.
 #[derive(Debug)]
 pub(super) struct Elsewhere(Arc<dyn Storage>);
 
@@ -22,7 +22,7 @@ impl Elsewhere {
         Self(storage)
     }
 
-    /// The storage of `request` in the directory `parent`, which is made if `create` is true.
+    /// Returns the storage of `request` in the directory `parent`, which is created if `create` is true.
     pub fn at(&self, request: &Request, parent: &Path, create: bool) -> Result<Arc<dyn Storage>> {
         let brought = request.brought.as_ref().and_then(|brought| brought.downcast_ref::<Arc<dyn Storage>>());
         brought.cloned().map_or_else(|| self.0.elsewhere(parent, create), Ok)
@@ -63,10 +63,10 @@ impl Begin for Destination {
 }
 
 impl Destination {
-    /// Refuses a directory that would be a step of the root, which no catalog would have been told of.
+    /// Refuses a directory that would be a step of the root: the catalog would not know of that step.
     fn refuse_root(&self, parent: &Path, name: &str) -> Result<()> {
         let root = self.storage.describe(name);
-        // A URL is no path that could be canonical.
+        // A URL is no path that could be made canonical.
         let same = |root: &Path| {
             parent == root || matches!((parent.canonicalize(), root.canonicalize()), (Ok(a), Ok(b)) if a == b)
         };
@@ -77,8 +77,7 @@ impl Destination {
         Ok(())
     }
 
-    /// Checks that the step `name` may be written by several ranks, and makes way for it: a damaged step is
-    /// removed.
+    /// Checks that several ranks may write the step `name`. A damaged step of that name is removed first.
     pub fn allow(&self, step: u64, name: &str) -> Result<()> {
         if parse_step_name(name).is_some() {
             self.catalog.refuse_second_name(step, name)?;
@@ -93,9 +92,9 @@ impl Destination {
     }
 }
 
-/// An attempt that replaces a damaged step. `publish` removes the damaged step first and then replaces
-/// nothing. So it works where directories cannot be exchanged, and an intact step that was published
-/// meanwhile wins.
+/// An attempt that replaces a damaged step. `publish` removes the damaged step first, and then publishes
+/// without replacing. So it works where directories cannot be exchanged, and an intact step that was
+/// published meanwhile wins.
 #[derive(Debug)]
 struct Replacing {
     attempt: Arc<dyn Writing>,
@@ -125,7 +124,8 @@ impl Writing for Replacing {
         if let Err(error) = self.catalog.remove_damaged(&self.name, false)
             && error.kind() != ErrorKind::NotFound
         {
-            // Some of its bytes may be left in the trash; it is removed if its name is gone.
+            // Some bytes of the damaged step may be left in the trash. The step is removed if its name is
+            // gone.
             if self.storage.open(&self.name).is_ok() {
                 return Err(error);
             }

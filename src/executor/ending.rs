@@ -1,8 +1,8 @@
-//! The end of a save: its commit, and what the catalog is told of it, in an order that retention relies on.
+//! The end of a save: its commit, and the reports to the catalog in an order that retention relies on.
 //!
-//! An attempt is announced before its publish can make it visible, so that no prune in this process counts or
-//! deletes it before its outcome is known. The catalog, and the count of compared saves, get the outcome
-//! before the future tells the caller.
+//! An attempt is announced before its publish can make it visible. So no prune in this process counts or
+//! deletes it before its outcome is known. The catalog and the count of compared saves get the outcome before
+//! the future resolves.
 
 use super::again::try_again;
 use super::destination::Elsewhere;
@@ -23,21 +23,21 @@ use crate::writer::Task;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What a save leaves to be tidied up.
+/// The remains of a save that must be tidied up.
 pub(super) enum Leftover {
     /// A durable step: the replaced copy and the owner record are left.
     Published { name: String, attempt: Arc<dyn Writing> },
-    /// A checkpoint that became durable in a directory beside the root, of `storage`: dead processes may have
-    /// left something there.
+    /// A checkpoint that became durable in a directory beside the root, in `storage`. Dead processes may have
+    /// left files there.
     Elsewhere { storage: Arc<dyn Storage> },
     /// A failed attempt that could not be deleted.
     Failed { attempt: Arc<dyn Writing> },
-    /// Something that only a sweep can find.
+    /// Remains that only a sweep can find.
     Unknown,
 }
 
 impl Leftover {
-    /// The name of the step that was published, if one was.
+    /// The name of the step that was published, if there is one.
     pub fn published(&self) -> Option<&str> {
         match self {
             Self::Published { name, .. } => Some(name),
@@ -46,7 +46,7 @@ impl Leftover {
     }
 }
 
-/// What the thread that commits needs to end saves.
+/// The state that the committer needs to end saves.
 pub(super) struct Committing {
     pub stager: Arc<Stager>,
     pub storage: Arc<dyn Storage>,
@@ -60,7 +60,7 @@ pub(super) struct Committing {
     pub table: AlignedBuffer,
 }
 
-/// Ends the save of `task` by `commit`; a panic of the storage fails the save, not the thread.
+/// Ends the save of `task` by `commit`. A panic of the storage fails the save, not the thread.
 pub(super) fn conclude(
     committing: &mut Committing,
     task: &Task,
@@ -72,7 +72,7 @@ pub(super) fn conclude(
     let span = tracing::info_span!("commit", step = ticket.step, attempt = %attempt);
     let _entered = span.enter();
     let began = ticket.traced_now();
-    // The catalog has the steps of the root only.
+    // The catalog contains only steps of the root.
     let catalog = request.parent.is_none().then_some(&*catalog);
     let mut storage = storage.clone();
     let concluded = guarded("the storage panicked during a commit", || {
@@ -108,7 +108,7 @@ pub(super) fn conclude(
             if !ticket.digests_missing.load(Ordering::Relaxed) {
                 compared.fetch_add(1, Ordering::Relaxed);
             }
-            // Before the future says that the save has ended: the next save may begin at once.
+            // This comes before the future resolves: the next save may begin at once.
             if request.parent.is_none() && history.is_on() {
                 guard::attempt("remember the files of a step", || {
                     let receipts = task.receipts()?;
@@ -122,7 +122,7 @@ pub(super) fn conclude(
             let left = match catalog {
                 Some(_) => Leftover::Published { name, attempt: published },
                 None => {
-                    // Before the future says that the save has ended: the program may move the parent then.
+                    // This comes before the future resolves: the program may move the parent then.
                     guard::attempt("delete what a checkpoint has replaced", || published.settle());
                     Leftover::Elsewhere { storage }
                 }
@@ -147,7 +147,7 @@ pub(super) fn conclude(
             (Err(why), left)
         }
     };
-    // Before the future says that the save has ended: the program may count its state as free then.
+    // This comes before the future resolves: the program may count its state as free then.
     drop(task.take_kept());
     ticket.finish(outcome).into_iter().for_each(Calls::here);
     left

@@ -1,5 +1,5 @@
-//! What the device of an executor offers beyond copies. Found out at start, or, if the GPU is not known then,
-//! by the first save of a tensor in GPU memory.
+//! The features of an executor's device beyond copies. They are determined at start, or, if the GPU is not
+//! known then, by the first save of a tensor in GPU memory.
 
 use crate::device::{Device, DeviceReport, KernelMemory, ProgramMemory, Waits};
 use crate::error::{Error, Result};
@@ -9,22 +9,22 @@ use crate::state::DeviceStream;
 use crate::sync::{Mutex, lock};
 use std::sync::{Arc, OnceLock};
 
-/// The largest chunk that does not delay the program's own reads from a device: copies are made in order, two
-/// chunks at a time in flight.
+/// The largest chunk that does not delay the program's own reads from a device: the device makes copies in
+/// order, with two chunks in flight at a time.
 const FOREGROUND: u64 = 16 << 20;
 
-/// See the module.
+/// The reports and open requests for the device of an executor. See the module.
 #[derive(Debug)]
 pub(super) struct Equipment {
     /// The report made at start.
     first: DeviceReport,
     /// The report of the device that was chosen later.
     later: OnceLock<DeviceReport>,
-    /// What to request of that device.
+    /// The request to that device, until it is known.
     open: Mutex<Option<Wish>>,
 }
 
-/// What an executor requests of its device.
+/// The request of an executor to its device.
 #[derive(Debug)]
 pub(super) struct Wish {
     chunk: u64,
@@ -33,7 +33,7 @@ pub(super) struct Wish {
     memory_waits: bool,
     batch: bool,
     given: Option<ProgramMemory>,
-    /// Why the arena is not pinned.
+    /// The reason why the arena is not pinned.
     unpinned: Option<String>,
 }
 
@@ -43,14 +43,14 @@ impl Wish {
         Self { chunk, gather, scratch, memory_waits, batch, given, unpinned: pinned.clone().err() }
     }
 
-    /// Takes what the device offers, and writes into `report` what it refuses.
+    /// Requests the features from the device, and writes the refused ones into `report`.
     fn fulfil(self, device: &dyn Device, report: &mut DeviceReport) -> Offer {
         let (is_gpu, at_most) = (device.name() != "host", FOREGROUND);
         if is_gpu && self.chunk > at_most {
             tracing::warn!(chunk = self.chunk, at_most, device = %report, "chunks are large: what the program reads from the device waits for two of them");
         }
         let Self { chunk, gather, scratch, given, .. } = self;
-        // A program that hands in memory of one device is not made to give more than that.
+        // A program that provides memory of one device is not made to give more than that.
         let elsewhere = if given.is_some() { 0 } else { scratch };
         let kernels = device.kernels(KernelMemory { ordinal: None, chunk: chunk as usize, gather, scratch, given });
         report.found(&kernels);
@@ -79,7 +79,7 @@ impl Wish {
     }
 }
 
-/// What the stager gets.
+/// The features that the stager gets.
 #[derive(Default)]
 pub(super) struct Offer {
     pub scratch: Option<Scratch>,
@@ -88,7 +88,7 @@ pub(super) struct Offer {
 }
 
 impl Equipment {
-    /// Requests everything now if the device is known, otherwise later.
+    /// Requests everything at once if the device is known, otherwise later.
     pub fn of(device: &dyn Device, mut report: DeviceReport, wish: Wish) -> (Self, Offer) {
         let (offer, open) = if device.is_settled() {
             (wish.fulfil(device, &mut report), None)
@@ -100,10 +100,10 @@ impl Equipment {
         (Self { first: report, later: OnceLock::new(), open: Mutex::new(open) }, offer)
     }
 
-    /// Requests what is open, once tensors of these streams are saved.
+    /// Makes the open request, once tensors of these streams are saved.
     ///
     /// # Errors
-    /// `Unavailable`, `Device`: their device cannot be used.
+    /// `Unavailable`, `Device`: the device of the streams cannot be used.
     pub fn complete(&self, stager: &Stager, streams: &[DeviceStream]) -> Result<()> {
         let mut open = lock(&self.open);
         if open.is_none() {

@@ -1,10 +1,10 @@
-//! What a run remembers of its last durable step, to predict which files of the next one are the same.
+//! The memory of a run about its last durable step, which predicts the unchanged files of the next step.
 //!
 //! A tensor is *still* when it was declared frozen, or when its digests in the last two saves are equal. A
-//! file is predicted to be unchanged when all its tensors are still. A prediction that is wrong costs a copy
-//! of what was not written, never a byte.
+//! file is predicted to be unchanged when all its tensors are still. A wrong prediction costs a copy of the
+//! bytes that were not written. It never loses a byte.
 //!
-//! **One copy on the medium** is what steps that share a file have. So a file that is old enough is written
+//! **One copy on the medium** serves all steps that share a file. So a file that is old enough is written
 //! again, one shared file is read back after each save (`executor/scrub.rs`), and a file that was found
 //! damaged is never shared again.
 
@@ -22,23 +22,26 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// Tensor bytes below which a file is always written: it costs little, and a second copy is worth more.
+/// The tensor bytes below which a file is always written: the write costs little, and a second copy is worth
+/// more.
 const LEAST: u64 = 1 << 20;
-/// Number of saves between two regroupings, and between the refusal of a file and the next request for it.
+/// The number of saves between two regroupings, and between the refusal of a file and the next request to
+/// share it.
 const PATIENCE: u32 = 16;
 
-/// See the module.
+/// The history of an executor's saves. See the module.
 #[derive(Debug)]
 pub(super) struct History {
     /// Whether files are shared at all.
     on: bool,
-    /// Whether tensors that turn out to be still get files of their own. With one file a step stays one file.
+    /// Whether tensors that turn out to be still get files of their own. With one file, a step stays one
+    /// file.
     regroup: bool,
     /// A shared file is written again after this many saves and this time.
     most_saves: u32,
     most_time: Duration,
     inner: Mutex<Inner>,
-    /// No tensors.
+    /// An empty set of tensors.
     none: Arc<[bool]>,
     pub scrub: Scrub,
 }
@@ -46,13 +49,12 @@ pub(super) struct History {
 #[derive(Debug)]
 struct Inner {
     last: Option<Arc<Last>>,
-    /// The tensors that new plans put together with those that were declared frozen, of states of this
-    /// fingerprint.
+    /// The tensors that new plans group with the ones declared frozen, for states of this fingerprint.
     still: (u64, Arc<[bool]>),
-    /// Bytes of still tensors that were written because other tensors of their files had changed, since the
-    /// last regrouping.
+    /// The bytes of still tensors that were written since the last regrouping, because other tensors of their
+    /// files had changed.
     wasted: u64,
-    /// Saves since the last regrouping.
+    /// The number of saves since the last regrouping.
     saves: u32,
 }
 
@@ -63,10 +65,10 @@ struct Last {
     digests: Arc<[Digest]>,
     /// By index in the state dict.
     tensors: Vec<Seen>,
-    /// Of each shard that is predicted to be unchanged, its file.
+    /// For each shard that is predicted to be unchanged, its file.
     files: Vec<Option<Arc<OlderFile>>>,
-    /// Of each shard, the number of saves until its file is shared again after the storage has refused it. A
-    /// refusal can be about one file, such as one that has all the links that it can have.
+    /// For each shard, the number of saves until its file is shared again after the storage has refused that.
+    /// A refusal can concern one file only, such as one that has the maximum number of links.
     paused: Vec<u32>,
 }
 
@@ -74,7 +76,7 @@ struct Last {
 #[derive(Clone, Copy, Debug)]
 struct Seen {
     digest: Digest,
-    /// It is predicted to be the same in the next save.
+    /// Whether the tensor is predicted to be the same in the next save.
     still: bool,
 }
 
@@ -98,20 +100,20 @@ impl History {
         self.on
     }
 
-    /// The tensors that a new plan of a state of this fingerprint takes for frozen, by their index; no
-    /// tensors where there are none.
+    /// Returns the tensors that a new plan of a state of this fingerprint takes for frozen, by their index.
+    /// Empty if there are none.
     pub fn still(&self, fingerprint: u64) -> Arc<[bool]> {
         let (of, still) = &lock(&self.inner).still;
         if *of == fingerprint { still.clone() } else { self.none.clone() }
     }
 
-    /// Closes the files. The next save, if any comes, writes everything.
+    /// Closes the files. A later save writes everything.
     pub fn close(&self) {
         self.scrub.close();
         lock(&self.inner).last = None;
     }
 
-    /// The files that a save of `plan` may adopt.
+    /// Returns the files that a save of `plan` may adopt.
     pub fn predict(&self, plan: &Arc<Plan>) -> Option<Older> {
         let inner = lock(&self.inner);
         let last = inner.last.as_ref().filter(|last| Arc::ptr_eq(&last.plan, plan))?;
@@ -126,11 +128,11 @@ impl History {
         any.then(|| Older { prediction: Arc::new(Prediction { digests: last.digests.clone(), shards }), files })
     }
 
-    /// Remembers a step that has just become durable under the root, and may have been made out of `older`.
-    /// Only the thread that commits calls it.
+    /// Records a step that has just become durable under the root. Its files may have been adopted from
+    /// `older`. Only the committer calls this.
     pub fn durable(&self, request: &Request, receipts: Receipts, older: Option<&Older>, storage: &dyn Storage) {
         let plan = &request.plan;
-        // The lock is not held while files are opened: the call of `save` takes it.
+        // The lock is not held while files are opened, because the call of `save` takes it.
         let before = lock(&self.inner).last.clone().filter(|last| last.plan.fingerprint() == plan.fingerprint());
         let tensors = look(plan, &receipts, before.as_deref());
         let files = files(request, &receipts, &tensors, older, storage).unwrap_or_else(|error| {
@@ -152,8 +154,8 @@ impl History {
 }
 
 impl Inner {
-    /// Decides whether still tensors get files of their own: when what was written in vain is as much as the
-    /// files that would change.
+    /// Gives still tensors files of their own when the bytes written in vain reach the size of the files that
+    /// would change.
     fn weigh(&mut self, plan: &Plan, tensors: &[Seen], made: &[Made], regroup: bool) {
         self.saves = self.saves.saturating_add(1);
         if !regroup {
@@ -199,7 +201,7 @@ fn look(plan: &Plan, receipts: &Receipts, before: Option<&Last>) -> Vec<Seen> {
     tensors
 }
 
-/// Opens the files of the step that are predicted to be unchanged, and large enough to be shared.
+/// Opens the files of the step that are predicted to be unchanged and are large enough to be shared.
 fn files(
     request: &Request,
     receipts: &Receipts,
@@ -227,7 +229,8 @@ fn files(
             }
         };
         let reading = step.open(&shard.name)?;
-        // Another process may have replaced the step since. The header names step and attempt.
+        // Another process may have replaced the step since. The header names step and attempt, so its digest
+        // shows that.
         let mut header = vec![0; shard.header.len() as usize];
         reading.read_at(0, &mut header)?;
         if Digest::of(&header) != filled.header || reading.len() != shard.length {

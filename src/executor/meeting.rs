@@ -1,4 +1,4 @@
-//! The ranks meet and take the root over; then rank 0 takes the tiers over, and tells the others.
+//! The ranks meet and take the root over. Then rank 0 takes the tiers over, and tells the other ranks.
 
 use crate::commit::several::{Group, Reply};
 use crate::completion::deadline_after;
@@ -9,7 +9,7 @@ use crate::tiers::{Behind, Note, Part, Tier};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The number of the exchange about the tiers, which takes the place of a save.
+/// The number of the exchange about the tiers, which comes before the first save.
 const TIERS: u64 = 0;
 
 /// The number of the first save.
@@ -20,18 +20,18 @@ pub(super) const fn first_save(tiers: bool) -> u64 {
 /// Whether other ranks save with this process.
 #[derive(Debug)]
 pub(super) enum Ranks {
-    /// The program has not said.
+    /// The program has not declared it.
     Unsaid,
     Alone,
     Several(Arc<dyn Coordinator>),
 }
 
 impl Ranks {
-    /// Meets the other ranks, if there are any. `note` is what the newest session of the root has noted.
+    /// Meets the other ranks, if there are any. `note` is the note of the newest session of the root.
     ///
     /// # Errors
-    /// `Invalid` if a launcher started several ranks and the program has not said whether they save together;
-    /// those of [`Group::meet`].
+    /// `Invalid` if a launcher started several ranks and the program has not declared whether they save
+    /// together; errors of [`Group::meet`].
     pub fn meet(
         self,
         storage: &dyn Storage,
@@ -59,10 +59,10 @@ impl Ranks {
     }
 }
 
-/// Takes the tiers over, if there are any. With several ranks, rank 0 does that for all.
+/// Takes the tiers over, if there are any. With several ranks, rank 0 does that for all ranks.
 ///
 /// # Errors
-/// `Invalid` if the ranks do not have the same tiers, or this one does not see those of rank 0; otherwise as
+/// `Invalid` if the ranks have different tiers, or if this rank does not see those of rank 0; otherwise as
 /// [`Behind::new`], on every rank.
 pub(super) fn take_over(
     storage: &Arc<dyn Storage>,

@@ -1,10 +1,10 @@
-//! Saves by several ranks: numbers them in the order of calls, and carries out their rounds in a thread.
+//! Saves by several ranks: the calls are numbered in order, and the committer carries out their rounds.
 //!
-//! **Order.** Every call of `save` has a number, also one that is refused, because the ranks count calls: a
-//! rank that skipped one by itself would save another step than the others from then on. [`Turns`] hands out
-//! the numbers; the thread that commits carries out the rounds of one save after another.
+//! **Order.** Every call of `save` has a number, also a call that is refused, because the ranks count calls:
+//! a rank that skipped a call by itself would from then on save other steps than the others. [`Turns`]
+//! assigns the numbers. The committer carries out the rounds of one save after another.
 //! **Overlap.** Rank 0 applies the overlap policy, and the others follow it.
-//! **Completion.** A writer that needs the attempt waits in its [`Gate`] until the ranks have agreed; a call
+//! **Completion.** A writer that needs the attempt waits in its [`Gate`] until the ranks have agreed. A call
 //! with a new structure waits until it has its share of the plan.
 
 use crate::commit::several::{Agreed, Assigned, Attempted, Describe, Group, Structure, Structures, Vote};
@@ -27,7 +27,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// What this rank holds, and its share of the plan that the ranks made of it.
+/// The description of this rank's tensors, and its share of the plan that the ranks made.
 #[derive(Clone, Debug)]
 pub(super) struct Described {
     /// The description, encoded.
@@ -35,7 +35,7 @@ pub(super) struct Described {
     pub digest: Digest,
     /// The order of its boxes.
     pub order: Arc<[usize]>,
-    /// The share, encoded; empty while there is none.
+    /// The share, encoded. Empty while there is none.
     pub share: Arc<[u8]>,
 }
 
@@ -50,7 +50,7 @@ pub(super) struct Turns {
     newest: Newest,
 }
 
-/// The number of one call of `save`, held while the call decides what becomes of it.
+/// The number of one call of `save`. It is held while the outcome of the call is decided.
 pub(super) struct Turn<'a> {
     group: &'a Arc<Group>,
     next: MutexGuard<'a, u64>,
@@ -58,16 +58,16 @@ pub(super) struct Turn<'a> {
     state: RefCell<Handed>,
 }
 
-/// How much of a call the thread that carries out the rounds knows.
+/// The part of a call that the committer knows.
 enum Handed {
-    /// Nothing; the description of the plan in use, if there is one.
+    /// Nothing. The value is the description of the plan in use, if there is one.
     Nothing(Option<Described>),
-    /// The description: it waits for what becomes of the call.
+    /// The description. The committer waits for the outcome of the call.
     Description(Sender<What>),
     All,
 }
 
-/// Makes the two ends of the saves of a group, the first of which has the number `first`.
+/// Makes the two ends of a group's saves. `first` is the number of the first save.
 pub(super) fn turns_and_rounds(group: Arc<Group>, first: u64) -> (Turns, Rounds) {
     let newest = Newest::default();
     let turns = Turns { group: group.clone(), next: Mutex::new(first), newest: newest.clone() };
@@ -80,7 +80,7 @@ impl Turns {
         self.group.member
     }
 
-    /// Waits for the turn of this call.
+    /// Waits until it is the turn of this call.
     pub fn take(&self) -> Turn<'_> {
         let state = RefCell::new(Handed::Nothing(None));
         Turn { group: &self.group, next: lock(&self.next), newest: &self.newest, state }
@@ -88,12 +88,12 @@ impl Turns {
 }
 
 impl Turn<'_> {
-    /// The attempt of the save.
+    /// Returns the attempt of the save.
     pub fn attempt(&self) -> Attempt {
         self.group.attempt(*self.next)
     }
 
-    /// The overlap policy of this rank: what skips saves is rank 0's to decide.
+    /// Returns the overlap policy of this rank. Only rank 0 decides to skip saves.
     pub fn overlap(&self, overlap: Overlap) -> Overlap {
         match overlap {
             Overlap::Skip | Overlap::Latest if self.group.member.rank > 0 => Overlap::Queue(usize::MAX),
@@ -101,7 +101,7 @@ impl Turn<'_> {
         }
     }
 
-    /// The share of this rank, if the ranks have made a new plan since, because another rank's tensors
+    /// Returns the share of this rank if the ranks have made a new plan since, because another rank's tensors
     /// changed.
     pub fn newer_share(&self, described: &Described) -> Option<Arc<[u8]>> {
         let newest = lock(self.newest);
@@ -109,12 +109,12 @@ impl Turn<'_> {
         Some(share.clone())
     }
 
-    /// The call saves by a plan that was made before.
+    /// Records that the call saves by a plan that was made before.
     pub fn uses(&self, described: Option<Described>) {
         *self.state.borrow_mut() = Handed::Nothing(described);
     }
 
-    /// Hands over the description of a new structure; the receiver gets the share of this rank.
+    /// Sends the description of a new structure to the committer. The receiver gets the share of this rank.
     pub fn describe(&self, calls: &Sender<Called>, wanted: &Wanted, described: Described) -> Receiver<Answer> {
         let ((reply, answer), (then, what)) = (bounded(1), bounded(1));
         *self.state.borrow_mut() = Handed::Description(then);
@@ -126,7 +126,7 @@ impl Turn<'_> {
         answer
     }
 
-    /// Hands over what has become of the call, unless that is known.
+    /// Sends the outcome of the call to the committer, unless the committer knows it.
     pub fn call(&self, calls: &Sender<Called>, wanted: &Wanted, what: What) {
         match self.state.replace(Handed::All) {
             Handed::All => {}
@@ -145,7 +145,7 @@ impl Turn<'_> {
         }
     }
 
-    /// Borrows the ranks, in the place of a save.
+    /// Borrows the ranks in the place of a save.
     pub fn borrow(&self, calls: &Sender<Called>, wanted: &Wanted) -> Borrowed {
         let ((begin, begins), (lent, what)) = (bounded(1), bounded(1));
         *self.state.borrow_mut() = Handed::All;
@@ -156,7 +156,7 @@ impl Turn<'_> {
     }
 
     fn send(&self, calls: &Sender<Called>, called: Called) {
-        // The thread has ended only after a shutdown, which takes no saves.
+        // The committer ends only after a shutdown, when no saves are taken.
         let _ = calls.send(called);
     }
 }
@@ -170,15 +170,15 @@ impl Drop for Turn<'_> {
 /// The ranks, lent to an adapter.
 pub(super) struct Borrowed {
     pub group: Arc<Group>,
-    /// The number of the save in whose place the adapter exchanges something.
+    /// The number of the save that the adapter's exchanges replace.
     pub save: u64,
-    /// Receives the moment from which the adapter has the ranks.
+    /// Receives a message when the adapter gets the ranks.
     pub begins: Receiver<()>,
-    /// Dropping it returns them.
+    /// Dropping it returns the ranks.
     pub lent: Sender<What>,
 }
 
-/// What a call of `save` wants.
+/// The request of a call of `save`.
 #[derive(Clone, Debug)]
 pub(super) struct Wanted {
     pub step: u64,
@@ -187,31 +187,31 @@ pub(super) struct Wanted {
     pub deadline: Instant,
 }
 
-/// A call of `save`, for the thread that carries out the rounds.
+/// A call of `save`, as sent to the committer.
 #[derive(Debug)]
 pub(super) struct Called {
     save: u64,
     pub wanted: Wanted,
     described: Option<Described>,
     early: Early,
-    /// Receives what becomes of the call.
+    /// Receives the outcome of the call.
     what: Receiver<What>,
 }
 
-/// What is known of a call before the ranks agree.
+/// The state of a call before the ranks agree.
 #[derive(Debug)]
 enum Early {
-    /// It is being staged by a plan that was made before.
+    /// The save is being staged by a plan that was made before.
     Begun(Arc<Ticket>),
-    /// It has a new structure, and waits for its share of the plan.
+    /// The save has a new structure, and waits for its share of the plan.
     New(Sender<Answer>),
     Ended(Outcome),
     Refused(Error),
-    /// It is no save: an adapter exchanges something with the other ranks.
+    /// The call is no save: an adapter exchanges data with the other ranks.
     Lent(Sender<()>),
 }
 
-/// What the ranks have decided about a call that waits for its share.
+/// The decision of the ranks about a call that waits for its share.
 #[derive(Debug)]
 pub(super) enum Answer {
     Share(Arc<[u8]>),
@@ -219,23 +219,23 @@ pub(super) enum Answer {
     Refused(Error),
 }
 
-/// What became of a call of `save` on this rank.
+/// The outcome of a call of `save` on this rank.
 #[derive(Debug)]
 pub(super) enum What {
-    /// It is being staged.
+    /// The save is being staged.
     Begun {
         task: Arc<Task>,
         /// Receives the task when its last chunk is done.
         ended: Receiver<Arc<Task>>,
         gate: Arc<Gate>,
     },
-    /// The overlap policy ended it.
+    /// The overlap policy ended the save.
     Ended(Outcome),
-    /// It was refused.
+    /// The save was refused.
     Refused(Error),
 }
 
-/// Where writers wait until the ranks have agreed and the attempt exists.
+/// The place where writers wait until the ranks have agreed and the attempt exists.
 #[derive(Debug)]
 pub(super) struct Gate(Completion<Result<Arc<dyn Writing>>>);
 
@@ -252,9 +252,8 @@ impl Begin for Gate {
     }
 }
 
-/// How long after the deadline of a call the thread that carries out the rounds may still be busy with it.
-/// The exchanges of an adapter end within two seconds of it, so none is under way when the ranks are taken
-/// back.
+/// How long after the deadline of a call the committer may still be busy with it. The exchanges of an adapter
+/// end within two seconds of that deadline, so none is under way when the ranks are taken back.
 pub(super) const LATE: Duration = Duration::from_secs(3);
 
 /// Carries out the rounds of saves.
@@ -265,19 +264,19 @@ pub(super) struct Rounds {
     newest: Newest,
 }
 
-/// What the ranks have decided about a call.
+/// The decision of the ranks about a call.
 enum Next {
     /// All ranks write. `share` is this rank's part of the plan, if the plan is new.
     Commit(Attempted, Option<Arc<[u8]>>),
-    /// It ends without a commit.
+    /// The save ends without a commit.
     End(Result<Outcome>),
-    /// It ends on this rank, and the others may go on with it until they learn that.
+    /// The save ends on this rank. The others may continue it until they learn that.
     Withdraw(Error),
 }
 
 impl Rounds {
-    /// The body of the thread: carries out the rounds of each call. `allow` checks on rank 0 whether a step
-    /// may be written; `commit` ends a save that all ranks have agreed on, once its last chunk is done.
+    /// The body of the committer: carries out the rounds of each call. `allow` checks on rank 0 whether a
+    /// step may be written. `commit` ends a save that all ranks have agreed on, once its last chunk is done.
     pub fn run(
         mut self,
         calls: Receiver<Called>,
@@ -287,10 +286,11 @@ impl Rounds {
         for called in calls {
             if let Early::Lent(begin) = &called.early {
                 if begin.send(()).is_err() {
-                    // The adapter has given up.
+                    // The adapter has given up waiting.
                     self.group.decline(called.save, called.wanted.deadline);
                 }
-                // An adapter that hangs, such as in a storage writer of the program, does not keep the ranks.
+                // An adapter that hangs, such as in a storage writer of the program, must not block the
+                // ranks.
                 if let Err(RecvTimeoutError::Timeout) = called.what.recv_deadline(called.wanted.deadline + LATE) {
                     let step = called.wanted.step;
                     tracing::error!(step, "the ranks go on without a planner or storage writer that hangs");
@@ -308,7 +308,7 @@ impl Rounds {
                 };
                 let _ = reply.send(answer);
             }
-            // The call sends it, or drops the sender, after a bounded time.
+            // The call sends the outcome, or drops the sender, after a bounded time.
             let what = what
                 .recv()
                 .unwrap_or_else(|_| What::Refused(Error::new(ErrorKind::Cancelled, "a call of `save` has ended")));
@@ -347,7 +347,7 @@ impl Rounds {
         }
     }
 
-    /// Fails a save on all ranks that this one has refused after they agreed.
+    /// Fails a save on all ranks, because this rank has refused it after they agreed.
     fn refuse(&self, attempted: &Attempted, error: &Error, deadline: Instant) {
         let _ = self.group.refuse(attempted.save, error, deadline);
         if let (0, Ok(attempt)) = (self.group.member.rank, &attempted.attempt)
@@ -365,7 +365,7 @@ impl Rounds {
         match early {
             Early::Begun(ticket) => {
                 if ticket.agreed.swap(true, Ordering::AcqRel) {
-                    // The call that supersedes it is about to end it.
+                    // The call that supersedes this save is about to end it.
                     ended = ticket.done.wait(deadline).and_then(Result::ok);
                 }
                 error = ticket.failure();
@@ -418,14 +418,14 @@ impl Rounds {
             }
             Ok(Agreed::Ended(outcome)) => Next::End(Ok(outcome)),
             Ok(Agreed::Refused(error)) => Next::End(Err(error)),
-            // Rank 0 has told the others, as far as it could.
+            // Rank 0 has told the others, as far as it could reach them.
             Err(error) if group.member.rank == 0 => Next::End(Err(error)),
             Err(error) => Next::Withdraw(error),
         }
     }
 }
 
-/// Puts the descriptions of all ranks together; returns the share of each rank, and the structure.
+/// Merges the descriptions of all ranks. Returns the share of each rank, and the structure.
 fn assign(world: u32, describe: Describe<'_>) -> Result<Assigned> {
     let mut merge = Merge::new(world);
     for rank in 0..world {
@@ -442,7 +442,7 @@ fn ended_by_rank_0() -> Error {
 }
 
 /// How long the rounds of a failed save wait for its chunks. A writer that hangs keeps its slab and its file
-/// meanwhile, and must not keep the rounds of later saves waiting.
+/// meanwhile, and must not block the rounds of later saves.
 const CHUNKS_GRACE: Duration = Duration::from_secs(1);
 
 /// Waits until every chunk is done: written, or returned because the save has failed.
@@ -455,7 +455,7 @@ fn wait_for_chunks(task: &Task, ended: &Receiver<Arc<Task>>, rank: u32) {
     }
 }
 
-/// Waits until the chunks of a save that has failed have been returned, unless a thread hangs with one.
+/// Waits until the chunks of a failed save have been returned, unless a thread hangs with one.
 fn wait_for_failed_chunks(task: &Task, ended: &Receiver<Arc<Task>>) {
     if let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(CHUNKS_GRACE) {
         tracing::error!(
@@ -468,7 +468,7 @@ fn wait_for_failed_chunks(task: &Task, ended: &Receiver<Arc<Task>>) {
 /// Ends a save that is not committed, once its last chunk is done.
 fn end(task: &Arc<Task>, ended: &Receiver<Arc<Task>>, result: Result<Outcome>) {
     let ticket = &task.request.ticket;
-    // A save that rank 0 has superseded has ended already, and none of its chunks will come.
+    // A save that rank 0 has superseded has ended already, and no chunk of it will arrive.
     if ticket.done.is_complete() && !ticket.failed() {
         return;
     }

@@ -1,4 +1,4 @@
-//! Scopes, which save borrowed state: a scope ends only when nothing borrowed will be read any more.
+//! Scopes, which save borrowed state. A scope ends only when no borrowed memory will be read any more.
 //!
 //! # Safety argument
 //! `Scope::save_with` lengthens the lifetime of a state dict to `'static` to send it to the stager. That is
@@ -9,16 +9,16 @@
 //! child has no stager, and the parent's memory is not ours, so the guard does not wait there.
 //!
 //! With a fence on streams, queued work may still read borrowed GPU memory when `scope` returns: copies to
-//! the host, and kernels that make late copies. Nothing more is queued that reads it. Sources are released
+//! the host, and kernels that make late copies. No further work that reads it is queued. Sources are released
 //! only when two conditions are met. First, all copies of the save are queued; or the save is frozen, under a
 //! lock that the stager holds while it queues a chunk, and the kernels of its late copies are launched.
-//! Second, every stream that was given, and every stream that made a tensor of the save, has been made to
-//! wait for these copies and kernels. By the contract of such sources, the program writes or frees that
-//! memory in one of these streams, or after one of them. Where any step of this is refused, fails or comes
-//! too late, the host waits instead, until the stager has released the save: by then nothing reads its memory
-//! any more, on the host or on a device. The streams that wait are alive: those that were given are borrowed
-//! until the scope has ended, and the scope keeps the owners of the tensors' streams, or the unsafe code that
-//! named these streams promised that they live.
+//! Second, every given stream, and every stream that made a tensor of the save, has been made to wait for
+//! these copies and kernels. By the contract of such sources, the program writes or frees that memory in one
+//! of these streams, or after one of them. If any of this is refused, fails or takes too long, the host waits
+//! instead, until the stager has released the save: by then nothing reads its memory any more, on the host or
+//! on a device. The waiting streams are alive: the given streams are borrowed until the scope has ended. For
+//! the tensors' streams, the scope keeps their owners, or the unsafe code that named these streams promised
+//! that they live.
 #![expect(unsafe_code, reason = "lifetime of scoped state; argument above")]
 
 use super::CheckpointExecutor;
@@ -33,7 +33,8 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-/// What waits at the end of a scope, so that borrowed tensors may be written after it.
+/// The fence at the end of a scope: the calling thread or streams wait, so that borrowed tensors may then be
+/// written.
 ///
 /// ```
 /// use ashore::{CheckpointExecutor, Fence, StateDict};
@@ -53,15 +54,15 @@ use std::sync::Arc;
 pub struct Fence<'a>(Option<&'a [DeviceStream<'a>]>);
 
 impl<'a> Fence<'a> {
-    /// `streams`, and the streams that made the tensors, wait on the GPU for the reads that are left. The
-    /// calling thread waits until all copies are queued, or until the chunks that are left fit in the scratch
+    /// Makes `streams`, and the streams that made the tensors, wait on the GPU for the remaining reads. The
+    /// calling thread waits until all copies are queued, or until the remaining chunks fit in the scratch
     /// ([`Builder::scratch`](crate::Builder::scratch)), which then takes late copies of them. See
     /// [`CheckpointExecutor::fence_on`].
     pub fn on(streams: &'a [DeviceStream<'a>]) -> Self {
         Self(Some(streams))
     }
 
-    /// The calling thread waits. For tensors in host memory.
+    /// Makes the calling thread wait. It is for tensors in host memory.
     pub fn host() -> Self {
         Self(None)
     }
@@ -71,8 +72,8 @@ impl<'a> Fence<'a> {
 pub struct Scope<'scope, 'env: 'scope> {
     executor: &'scope CheckpointExecutor,
     tickets: Mutex<Vec<Arc<Ticket>>>,
-    /// Owners of the streams of the saves. These streams wait at the end, when the sources and what they own
-    /// may be dropped.
+    /// Owners of the streams of the saves. These streams wait at the end of the scope, when the sources and
+    /// their memory may already be dropped.
     stream_owners: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
     env: PhantomData<&'env mut &'env ()>,
 }
@@ -125,7 +126,7 @@ impl Ending<'_> {
         if self.executor.alive().is_err() {
             return Ok(());
         }
-        // Cloned, not taken: if this unwinds, the next call must find them again.
+        // The tickets are cloned, not taken: if this call unwinds, the next call must find them again.
         let tickets = lock(self.tickets).clone();
         let timeout = self.executor.settings.fence_timeout;
         match self.fence.0 {
@@ -202,7 +203,7 @@ impl CheckpointExecutor {
     ///
     /// # Errors
     /// `Deadline` when staging took longer than the fence deadline: the saves that were still reading have
-    /// failed, and the tensors may be written all the same. `Invalid`, without a call of `f`, in a function
+    /// failed, and the tensors may be written nevertheless. `Invalid`, without a call of `f`, in a function
     /// given to [`Save::on_done`], or in a waker. An error of a device fails only the save that it concerns,
     /// and that save's handle returns it.
     pub fn scope<'env, R>(

@@ -1,4 +1,4 @@
-//! Reading back shared files: one after each save, at the pace of half the medium.
+//! Reads shared files back: one after each save, at half the speed of the medium.
 
 use crate::digest::Digest;
 use crate::error::Result;
@@ -9,12 +9,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// The bytes of a read.
+/// The number of bytes per read.
 const PIECE: usize = 8 << 20;
-/// A shutdown waits as long at most, and for a read.
+/// The longest pause between reads. A shutdown waits at most for one pause and one read.
 const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 
-/// Which shared file is read back, and how far that is.
+/// The shared file that is read back, and the progress of that.
 #[derive(Debug, Default)]
 pub(super) struct Scrub {
     state: Mutex<State>,
@@ -25,11 +25,11 @@ pub(super) struct Scrub {
 struct State {
     /// The shared files of the last durable step.
     files: Vec<Arc<OlderFile>>,
-    /// The number of the next one.
+    /// The number of the next file to read.
     next: usize,
-    /// The file that is being read, the offset, and the digest of what comes before.
+    /// The file that is being read, the offset, and the digest of the bytes before that offset.
     open: Option<(Arc<OlderFile>, u64, Digest)>,
-    /// A save has become durable since the last file was chosen.
+    /// Whether a save has become durable since the last file was chosen.
     due: bool,
 }
 
@@ -43,19 +43,19 @@ impl Scrub {
         (state.due, state.files) = (true, files);
     }
 
-    /// Ends a run, and all later ones, and closes the files.
+    /// Ends the present run and all later ones, and closes the files.
     pub fn close(&self) {
         self.closed.store(true, Ordering::Release);
         let mut state = lock(&self.state);
         (state.files, state.open) = (Vec::new(), None);
     }
 
-    /// Reads on, and returns when a whole file has been read, when `stop` says so, or after
-    /// [`Scrub::close`]; the next call goes on from there. A file that is not what was written is not shared
-    /// any more.
+    /// Reads on from the last position. Returns when a whole file has been read, when `stop` returns true, or
+    /// after [`Scrub::close`]. The next call continues. A file whose bytes differ from what was written is
+    /// not shared any more.
     ///
     /// # Errors
-    /// When the file cannot be read. It is not shared any more.
+    /// When the file cannot be read. The file is not shared any more then.
     pub fn run(&self, stop: impl Fn() -> bool) -> Result<()> {
         let Some((file, mut at, mut digest)) = self.take() else { return Ok(()) };
         let len = file.reading.len();
@@ -64,11 +64,11 @@ impl Scrub {
             let began = Instant::now();
             let now = &mut piece[..PIECE.min((len - at) as usize)];
             file.reading.drop_cached();
-            // What cannot be read is not shared any more, either: that costs one write.
+            // A file that cannot be read is not shared any more, either: that costs one write.
             file.reading.read_at(at, now).inspect_err(|_| file.damaged.store(true, Ordering::Release))?;
             digest = digest.then(Digest::of(now), now.len() as u64);
             at += now.len() as u64;
-            // After a piece: saves that come without a pause must not keep it from getting on.
+            // This check comes after a piece: saves without a pause between them must not stop the progress.
             if self.closed.load(Ordering::Acquire) {
                 return Ok(());
             }
@@ -90,7 +90,7 @@ impl Scrub {
         Ok(())
     }
 
-    /// The file to read, if one is due.
+    /// Returns the file to read, if one is due.
     fn take(&self) -> Option<(Arc<OlderFile>, u64, Digest)> {
         let mut state = lock(&self.state);
         if let Some(open) = state.open.take() {

@@ -1,5 +1,5 @@
-//! One call of `save`: admits the save, captures what must not wait for the fence, and queues the save for
-//! the stager.
+//! One call of `save`: it admits the save, captures the tensors that must not wait for the fence, and queues
+//! the save for the stager.
 
 use super::admission::{Admitted, Kind, shut_down};
 use super::history::History;
@@ -34,7 +34,7 @@ struct SaveRequest {
     place: Place,
     options: SaveOptions,
     borrowed: bool,
-    /// The ticket of a deferred save, which it has before its state.
+    /// The ticket of a deferred save, which exists before its state.
     deferred: Option<Arc<Ticket>>,
     began: Instant,
     /// How long the call has waited for earlier saves.
@@ -42,15 +42,15 @@ struct SaveRequest {
     deadline: Instant,
 }
 
-/// What the call of `save` took from the state.
+/// The results of the call of `save` before the save is queued.
 struct Taken {
     captured: Captured,
-    /// Digests of what other ranks write, in the saves that compare them.
+    /// Digests of tensors that other ranks write, in the saves that compare them.
     replicas: Option<Vec<(u32, Digest)>>,
     /// The state for another attempt, if the options allow one.
     kept: Option<RetryState>,
     on_device: OnDevice,
-    /// The dependency of the copies, and how the device makes late copies; the error is the reason why the
+    /// The dependency of the copies, and how the device makes late copies. The error is the reason why the
     /// save is refused.
     queued: Result<(Option<Dependency>, Option<Arc<LateCopy>>)>,
 }
@@ -72,13 +72,14 @@ impl CheckpointExecutor {
                 .and_then(|wanted| self.begin(wanted, &mut state, register, None)),
             Some(turns) => self.submit_shared(turns, step, &mut state, options, borrowed, register),
         };
-        // Drops refused state under a guard: a source that panics in its drop must not unwind through `save`.
+        // Refused state is dropped under a guard: a source that panics in its drop must not unwind through
+        // `save`.
         dropped(state);
         saved
     }
 
-    /// Begins a save of several ranks. A call that is refused on this rank counts, too: the other ranks have
-    /// to learn of it.
+    /// Begins a save of several ranks. A call that is refused on this rank counts, too: the other ranks must
+    /// learn of it.
     fn submit_shared(
         &self,
         turns: &Turns,
@@ -131,7 +132,7 @@ impl CheckpointExecutor {
         saved
     }
 
-    /// Moves the tensors and values out of `state`; a refused state stays there.
+    /// Moves the tensors and values out of `state`. A refused state stays in it.
     fn begin(
         &self,
         mut wanted: SaveRequest,
@@ -167,7 +168,7 @@ impl CheckpointExecutor {
         let taken = self.capture(&wanted, state, &plan)?;
         let (snapshot, ticket) = (wanted.options.snapshot, self.ticket(&wanted, attempt, &plan, state, &taken));
         // `register` comes before any failure that leaves kernels reading borrowed sources: the scope waits
-        // for those.
+        // for those kernels.
         register(&ticket);
         self.enqueue(wanted, &ticket, plan, state, taken, shared)?;
         drop(admission);
@@ -195,7 +196,7 @@ impl CheckpointExecutor {
             let place = Place { parent: Some(storage.describe("")), name };
             let deadline = self.deadline(options.timeout);
             let queued = Duration::ZERO;
-            // It goes with the options to the request.
+            // The storage moves with the options to the request.
             options.storage = Some(storage);
             return Ok(SaveRequest { step, place, options, borrowed, deferred, began, queued, deadline });
         }
@@ -218,7 +219,7 @@ impl CheckpointExecutor {
         Ok(SaveRequest { step, place, options, borrowed, deferred, began, queued: Duration::ZERO, deadline })
     }
 
-    /// The place of a checkpoint that becomes `directory`. A relative path is of the present working
+    /// Returns the place of a checkpoint in `directory`. A relative path starts at the present working
     /// directory.
     fn outside(&self, directory: &Path, options: &SaveOptions) -> Result<Place> {
         if options.name.is_some() {
@@ -239,8 +240,8 @@ impl CheckpointExecutor {
         Ok(Place { parent: Some(path.parent().ok_or_else(unnamed)?.to_owned()), name })
     }
 
-    /// Captures what must not wait for the fence: small tensors, and digests of the others for the first
-    /// saves.
+    /// Captures what must not wait for the fence: small tensors, and for the first saves digests of the
+    /// others.
     fn capture(&self, wanted: &SaveRequest, state: &mut StateDict<'static>, plan: &Plan) -> Result<Taken> {
         let (step, options) = (wanted.step, &wanted.options);
         let kept = again::keep(state, options.retries, options.backoff, wanted.borrowed);
@@ -289,7 +290,8 @@ impl CheckpointExecutor {
     /// Hands the save to the stager, and its task to the writers.
     ///
     /// # Errors
-    /// Why the save is refused. Its sources are dropped only when the work queued on a device has ended.
+    /// The reason why the save is refused. Its sources are dropped only when the work queued on a device has
+    /// ended.
     fn enqueue(
         &self,
         wanted: SaveRequest,
@@ -314,7 +316,7 @@ impl CheckpointExecutor {
             }
         };
         let (values, rank_values) = match shared {
-            // One process keeps both kinds.
+            // Both kinds of values belong to the one process.
             None => (state.take_values(), BTreeMap::new()),
             Some(_) => (std::mem::take(&mut state.values), std::mem::take(&mut state.rank_values)),
         };
@@ -343,7 +345,8 @@ impl CheckpointExecutor {
             }
             (Commits::Several(calls), shared) => {
                 // A bounded channel keeps messages without a receiver until its senders are dropped, and a
-                // task owns a sender: a task that ends after the rounds have left it would keep itself.
+                // task owns a sender. So a task that ends after the rounds have abandoned it would keep
+                // itself alive.
                 let ((ended, ending), gate) = (unbounded(), Gate::new());
                 let task = Arc::new(Task::new(request, kept, None, gate.clone(), open.pool.sender(), ended));
                 if let Some((turn, call)) = shared {
@@ -370,7 +373,7 @@ impl CheckpointExecutor {
         Ok(())
     }
 
-    /// Queues the captures and digests of devices. Runs in the thread that queued the work which wrote the
+    /// Queues the captures and digests of devices. Runs in the thread that queued the work that wrote the
     /// tensors.
     fn queue_on_device(
         &self,
@@ -403,14 +406,14 @@ impl CheckpointExecutor {
     }
 }
 
-/// Adds the first tensor in device memory to the error of its device.
+/// Adds the name of the first tensor in device memory to the error of its device.
 fn first_on_device(error: &Error, state: &StateDict<'_>) -> Error {
     let first = state.tensors.iter().find(|(_, tensor)| tensor.location.stream().is_some());
     let name = first.map_or("", |(name, _)| name);
     Error::new(error.kind(), format!("{} tensor={name:?}", error.message())).with_source_of(error)
 }
 
-/// What became of a plan that the ranks make together.
+/// The result of planning together with other ranks.
 enum Planned {
     Plan(Arc<Plan>),
     /// Rank 0 ended the save by its overlap policy.
@@ -419,7 +422,7 @@ enum Planned {
 
 impl CheckpointExecutor {
     /// Returns the plan of this rank's part. For a new structure it waits until all ranks have described
-    /// theirs, and so until earlier saves have ended.
+    /// their parts, and therefore until earlier saves have ended.
     fn plan_with_ranks(
         &self,
         admission: &mut Admission,
@@ -477,13 +480,13 @@ impl CheckpointExecutor {
 }
 
 impl Admission {
-    /// No plan yet.
+    /// Makes an admission without a plan.
     pub(super) fn new() -> Self {
         Self { plan: None, still: Arc::from([]), described: None, attempts: Attempts::new() }
     }
 
-    /// Returns the plan of the last save if the structure is the same and no other tensors are taken for
-    /// frozen, a new plan otherwise.
+    /// Returns the plan of the last save if the structure is the same and the same tensors are taken for
+    /// frozen. Otherwise returns a new plan.
     fn plan_for(&mut self, state: &StateDict<'_>, settings: &Settings, history: &History) -> Result<Arc<Plan>> {
         let shape = Shape { chunk: settings.chunk, files: settings.files, rank: None };
         let still = history.still(state.fingerprint());

@@ -1,4 +1,4 @@
-//! What the thread that tells of saves needs: where the run log is, its first line, the present state.
+//! The inputs of the telemetry thread: the path of the run log, its first line, and the present state.
 
 use crate::device::DeviceReport;
 use crate::id::Attempt;
@@ -10,7 +10,8 @@ use crate::telemetry::{Head, Root, Sample, Sinks, TracePath, unix_micros};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-/// The body of the thread. `member`: which of several ranks that save together this process is.
+/// Returns the body of the telemetry thread. `member`: the position of this process among the ranks that save
+/// together.
 pub(super) fn body(
     stager: &Arc<Stager>,
     settings: &Settings,
@@ -50,7 +51,7 @@ pub(super) fn body(
     let sinks = Sinks { log, store, engine: storage.engine(), trace };
     let (stager, chunk) = (stager.clone(), settings.chunk);
     if settings.trace.is_some() {
-        // Weak, because the stager owns the telemetry that keeps this.
+        // The reference is weak, because the stager owns the telemetry that keeps this function.
         let weak = Arc::downgrade(&stager);
         let probe = move || weak.upgrade().map_or(0, |stager| used(&stager, arena, chunk));
         stager.telemetry.trace(Box::new(probe));
@@ -69,13 +70,13 @@ pub(super) fn body(
     }
 }
 
-/// The bytes of the arena that chunks hold.
+/// Returns how many bytes of the arena hold chunks.
 fn used(stager: &Stager, arena: u64, chunk: u64) -> u64 {
     arena.saturating_sub((stager.arena.free() as u64).saturating_mul(chunk))
 }
 
-/// Whether this process writes the run log. `world`: how many ranks save together, None unless it is their
-/// rank 0. Ranks that each save alone may have one root: rank 0 of the launcher writes there.
+/// Whether this process writes the run log. `world`: the number of ranks that save together, None on every
+/// rank but rank 0. Ranks that each save alone may share one root: rank 0 of the launcher writes there.
 fn writes_log(world: Option<u32>, launched: Option<Member>) -> bool {
     world.is_some_and(|world| world > 1 || launched.is_none_or(|member| member.rank == 0))
 }

@@ -2,8 +2,8 @@
 //!
 //! **Ownership.** The threads are in their own `Arc`, which lives as long as saves do: while the executor is
 //! dropped, and after that if one of the threads was its last owner.
-//! **Locks.** No lock of this module is held while code of the program runs, so a source that hangs in `save`
-//! does not hang a shutdown.
+//! **Locks.** No lock of this module is held while code of the program runs. So a source that hangs in `save`
+//! does not block a shutdown.
 
 use super::ranks::Called;
 use crate::completion::{Calls, deadline_after};
@@ -21,22 +21,22 @@ use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Time that threads have to end after the deadline: saves that failed at it end as soon as their threads see
-/// it.
+/// The time that threads have to end after the deadline. Saves that failed at the deadline end as soon as
+/// their threads see that.
 const JOIN_GRACE: Duration = Duration::from_millis(500);
 
-/// See the module.
+/// The threads of one executor. See the module.
 #[derive(Debug)]
 pub(crate) struct Threads {
     stager: Arc<Stager>,
-    /// The sending ends; None before the start and after a shutdown.
+    /// The sending ends. None before the start and after a shutdown.
     channels: Mutex<Option<Channels>>,
-    /// Handles of threads that have not been seen to end.
+    /// Handles of threads that have not been joined.
     handles: Mutex<Vec<JoinHandle<()>>>,
-    /// The call thread, and the one that tells of saves. They end after the others, each of which may have
-    /// something for them.
+    /// The call thread and the telemetry thread. They end after the others, each of which may still send them
+    /// work.
     last: Mutex<Vec<JoinHandle<()>>>,
-    /// No save begins any more.
+    /// Set when no save begins any more.
     closed: AtomicBool,
     /// The tiers behind the root, whose threads end last.
     behind: OnceLock<Arc<Behind>>,
@@ -51,12 +51,12 @@ pub(super) struct Channels {
     pub commits: Commits,
 }
 
-/// The channel to the thread that commits.
+/// The channel to the committer.
 #[derive(Debug)]
 pub(super) enum Commits {
-    /// It receives saves that have ended.
+    /// The committer receives saves that have ended.
     Alone(Sender<Arc<Task>>),
-    /// It receives every call of `save`.
+    /// The committer receives every call of `save`.
     Several(Sender<Called>),
 }
 
@@ -85,12 +85,12 @@ impl Threads {
         self.behind.get()
     }
 
-    /// Takes ownership of the threads that promote.
+    /// Takes ownership of the promotion threads.
     pub(super) fn keep_behind(&self, behind: Arc<Behind>) {
         let _ = self.behind.set(behind);
     }
 
-    /// The sending ends, which stay while the guard is held. Hold it only to hand over a save.
+    /// Returns the sending ends, which stay while the guard is held. Hold it only to hand over a save.
     pub(super) fn channels(&self) -> MutexGuard<'_, Option<Channels>> {
         lock(&self.channels)
     }
@@ -104,12 +104,12 @@ impl Threads {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// The saves under way, in the order of calls.
+    /// Returns the saves under way, in the order of calls.
     pub fn unfinished(&self) -> Vec<Save> {
         self.stager.saves.unfinished().into_iter().map(Save::new).collect()
     }
 
-    /// Whether the calling thread is one of these.
+    /// Whether the calling thread is one of these threads.
     pub(super) fn are_here(&self) -> bool {
         own_threads::is_one_of(&self.stager.signal)
     }
@@ -127,8 +127,8 @@ impl Threads {
         self.close(timeout)
     }
 
-    /// Stops taking saves, waits for those in flight, and ends the threads. Any number of threads may call
-    /// it; each waits for what is left.
+    /// Stops taking saves, waits for saves in flight, and ends the threads. Any number of threads may call
+    /// it. Each waits for the remaining work.
     ///
     /// # Errors
     /// The first error of a save that no handle and no call has returned. `Deadline` if saves had not ended
@@ -150,8 +150,8 @@ impl Threads {
         first.map_or(Ok(()), Err)
     }
 
-    /// [`close`](Self::close) for the drop of the executor. One of these threads would wait for itself: then
-    /// another thread closes, and this returns at once.
+    /// [`close`](Self::close) for the drop of the executor. One of these threads would wait for itself.
+    /// There, another thread closes, and this call returns at once.
     pub(super) fn close_dropped(self: &Arc<Self>, timeout: Duration) {
         let timeout = lock(&self.timeout).map_or(timeout, |asked| asked.min(timeout));
         if !self.are_here() {
@@ -160,13 +160,13 @@ impl Threads {
         let threads = self.clone();
         if let Err(error) = spawn("ashore-close".into(), move || log(threads.close(timeout))) {
             tracing::error!(error = format_args!("{error:#}"), "no thread waits for the saves of a dropped executor");
-            // Saves in flight continue, and the threads end after the last of them.
+            // Saves in flight continue. The threads end after the last of them.
             self.stager.stop();
             drop(lock(&self.channels).take());
         }
     }
 
-    /// Waits for saves in flight, and gives up those that have not ended by the deadline. Returns the error
+    /// Waits for saves in flight, and gives up saves that have not ended by the deadline. Returns the error
     /// of the first of these.
     fn wait_for_saves(&self, timeout: Duration, deadline: Instant) -> Option<Error> {
         let mut late = None;
@@ -174,7 +174,7 @@ impl Threads {
             if ticket.done.wait(deadline).is_none() {
                 let what = format!("the executor was shut down before a save ended timeout={timeout:?}");
                 let cancelled = Error::new(ErrorKind::Cancelled, what.clone());
-                // This call returns the first such error itself; no other call may.
+                // This call returns the first such error itself, so no other call may return it.
                 let failed = ticket.fail_as(cancelled.clone(), true);
                 let calls = ticket.give_up(cancelled);
                 if failed || calls.is_some() {
@@ -189,7 +189,7 @@ impl Threads {
     }
 }
 
-/// Joins the threads that end by `deadline`; a later call may join the others. A thread that hangs in the
+/// Joins the threads that end by `deadline`. A later call may join the others. A thread that hangs in the
 /// storage, or in a function of the program, may never end.
 fn join(handles: &Mutex<Vec<JoinHandle<()>>>, deadline: Instant) {
     loop {

@@ -1,9 +1,9 @@
-//! Tidying, off the path of saves, after a commit is durable and reported: the replaced copy, the hint,
-//! retention, the sweep.
+//! Tidying after a commit is durable and reported, off the path of saves: it deletes the replaced copy,
+//! writes the hint, applies retention and sweeps.
 //!
-//! Nothing here can fail a save. The committer waits when [`MOST_UNTIDIED`] saves wait to be tidied up, which
-//! bounds what is not deleted yet. What fails is retried after later saves, and once more when the executor
-//! ends.
+//! No error here can fail a save. The committer waits when [`MOST_UNTIDIED`] saves wait to be tidied up,
+//! which bounds the files that are not deleted yet. Work that fails is retried after later saves, and once
+//! more when the executor ends.
 
 use super::ending::Leftover;
 use super::scrub::Scrub;
@@ -16,16 +16,16 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 use std::iter::once;
 use std::time::{Duration, Instant};
 
-/// Number of saves that may wait while as many are being tidied up; an attempt keeps three descriptors open
-/// until then.
+/// The number of saves that may wait while as many are being tidied up. An attempt keeps three descriptors
+/// open until then.
 pub(super) const MOST_UNTIDIED: usize = 16;
 
-/// Number of sweeps after saves that look for what this process left; then only the hourly sweep, and one at
-/// the end, looks.
+/// The number of sweeps after saves that look for files this process left. After that only the hourly sweep,
+/// and one at the end, looks.
 const SWEEP_TRIES: u8 = 3;
-/// Number of rounds that try to delete what an attempt has left by its own descriptors.
+/// The number of rounds that try to delete the files of an attempt by its own descriptors.
 const OWED_TRIES: u8 = 3;
-/// How often to sweep what other processes may have left; `BRANCH_CHECK_INTERVAL` is how often to check
+/// How often to sweep files that other processes may have left. `BRANCH_CHECK_INTERVAL` is how often to check
 /// whether that is due.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(3600);
 /// How often the steps of the root are counted for metrics.
@@ -74,7 +74,7 @@ pub(super) fn run(
 /// An attempt that has ended and still has files on the medium.
 struct Owed {
     left: Leftover,
-    /// How many more rounds of work try to delete them before a sweep does.
+    /// How many more rounds of work try to delete the files before a sweep does.
     tries: u8,
 }
 
@@ -86,13 +86,13 @@ struct Tidy<'a> {
     /// Attempts that have ended and still have files on the medium, at most [`MOST_UNTIDIED`] after each
     /// round of work.
     owed: Vec<Owed>,
-    /// Steps were published since the last successful prune.
+    /// Whether steps were published since the last successful prune.
     unpruned: bool,
-    /// This process left something that only a sweep can remove.
+    /// Whether this process left files that only a sweep can remove.
     unswept: bool,
-    /// How many more rounds may sweep for that.
+    /// How many more rounds may sweep for those files.
     tries: u8,
-    /// The names of what the last sweep neither removed nor knew to be alive.
+    /// The names that the last sweep neither removed nor knew to be alive.
     reported: Vec<String>,
     /// The step that was published last.
     last: Option<u64>,
@@ -109,7 +109,7 @@ impl Tidy<'_> {
         if let Some(newest) = names.rfind(|name| parse_step_name(name).is_some()) {
             attempt("write the hint", || self.storage.hint(newest));
             let step = parse_step_name(newest);
-            // A run begins, or goes back to an earlier step.
+            // A run begins, or returns to an earlier step.
             if let Some(step) = step.filter(|step| self.last.is_none_or(|last| *step < last)) {
                 attempt("look for newer steps", || self.catalog.warn_if_below(step));
             }
@@ -133,7 +133,8 @@ impl Tidy<'_> {
             }
         };
         self.owed.extract_if(.., over).for_each(dropped);
-        // After a failed fsync an attempt cannot be deleted by its own descriptors: a sweep has others.
+        // After a failed fsync an attempt cannot be deleted by its own descriptors. A sweep opens other
+        // descriptors.
         let given_up = |owed: &mut Owed| {
             owed.tries -= 1;
             owed.tries == 0
@@ -157,8 +158,8 @@ impl Tidy<'_> {
         }
     }
 
-    /// Counts the steps for metrics, unless that was done a short time ago. Not in a store, where opening
-    /// every step costs requests.
+    /// Counts the steps for metrics, unless they were counted a short time ago. Object stores are not
+    /// counted, because opening every step costs requests.
     fn count(&mut self) {
         let dear = self.storage.directory().is_none();
         if !Meters::WANTED || dear || self.counted.is_some_and(|counted| counted.elapsed() < COUNT_INTERVAL) {
@@ -173,7 +174,7 @@ impl Tidy<'_> {
         attempt("count the steps", count);
     }
 
-    /// Sweeps what other processes may have left. A sweep that fails is retried after later saves.
+    /// Sweeps files that other processes may have left. A sweep that fails is retried after later saves.
     fn sweep_all(&mut self) {
         if self.sweep().is_none() {
             (self.unswept, self.tries) = (true, SWEEP_TRIES);
@@ -192,7 +193,7 @@ impl Tidy<'_> {
         done
     }
 
-    /// Warns of what takes space and is not known to be alive, whenever the names have changed.
+    /// Warns about files that take space and are not known to be alive, whenever their names have changed.
     fn report(&mut self, left: &[Remnant]) {
         let left: Vec<&Remnant> = left.iter().filter(|remnant| remnant.state != State::Live).collect();
         let names: Vec<String> = left.iter().map(|remnant| remnant.name.clone()).collect();

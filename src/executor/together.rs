@@ -1,5 +1,5 @@
-//! Exchanges of an adapter between the ranks of an executor. They take the place of a save, so that all ranks
-//! carry them out in the same order as their saves.
+//! Exchanges of an adapter between the ranks of an executor. An exchange takes the place of a save, so that
+//! all ranks carry it out in the same order as their saves.
 
 use super::CheckpointExecutor;
 use super::ranks::{Borrowed, Wanted, What};
@@ -12,7 +12,8 @@ use crossbeam_channel::Sender;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// The ranks of an executor, lent to an adapter. Later saves of the executor wait until it is dropped.
+/// The ranks of an executor, lent to an adapter. Later saves of the executor wait until this value is
+/// dropped.
 pub(crate) struct Together {
     group: Arc<Group>,
     save: u64,
@@ -22,17 +23,18 @@ pub(crate) struct Together {
 }
 
 impl CheckpointExecutor {
-    /// The position of this process among the ranks that save together; None: it saves alone.
+    /// Returns the position of this process among the ranks that save together. None: the process saves
+    /// alone.
     pub(crate) fn member(&self) -> Option<Member> {
         self.turns.as_ref().map(|turns| turns.member())
     }
 
-    /// Waits until the ranks are not busy with earlier saves, and lends them. Every rank must call it in the
+    /// Waits until the ranks have finished earlier saves, and lends them. Every rank must call it in the
     /// place of the same save.
     ///
     /// # Errors
     /// `Invalid` for an executor that saves alone or is shut down, and in a thread of the executor;
-    /// `Deadline` when earlier saves had not ended by the deadline: the other ranks then learn that.
+    /// `Deadline` when earlier saves had not ended by the deadline: then the other ranks learn that.
     pub(crate) fn together(&self, step: u64, deadline: Instant) -> Result<Together> {
         self.alive()?;
         let turns = self.turns.as_ref().ok_or_else(|| Error::invalid("this executor saves alone"))?;
@@ -56,11 +58,11 @@ impl CheckpointExecutor {
         Ok(Together { group, save, deadline, _lent: lent })
     }
 
-    /// Says that this rank makes no call of [`CheckpointExecutor::save`] for `step`, because its state could
-    /// not be put together: the save fails on the other ranks, too, at once and with this rank and `why` in
-    /// the error. Ranks count calls, so a rank that leaves one out by itself would be one step behind the
-    /// others from then on. Call it once in the place of the call; `save` does so itself for what it refuses.
-    /// Without other ranks it does nothing.
+    /// Declares that this rank makes no call of [`CheckpointExecutor::save`] for `step`, because its state
+    /// could not be put together. The save fails on the other ranks, too, at once and with this rank and
+    /// `why` in the error. Ranks count calls, so a rank that leaves a call out by itself would from then on
+    /// be one step behind the others. Call it once in the place of the call; `save` does the same itself for
+    /// a call that it refuses. Without other ranks it does nothing.
     ///
     /// ```
     /// # let dir = tempfile::tempdir().unwrap();
@@ -77,7 +79,7 @@ impl CheckpointExecutor {
     }
 
     /// Counts a call of `save` that this rank refuses, so that the save fails on the other ranks, too, and
-    /// the calls after it are those of the same step on all.
+    /// later calls have the same number on all ranks.
     pub(crate) fn refused(&self, step: u64, error: &Error) {
         let (Some(turns), Ok(())) = (&self.turns, self.alive()) else { return };
         let deadline = self.deadline(None);
@@ -95,8 +97,8 @@ impl Together {
         self.group.member
     }
 
-    /// Hands `part` to rank 0, where `reduce` gets the parts of all ranks, and returns what that has for this
-    /// rank. Each phase has one exchange.
+    /// Sends `part` to rank 0, where `reduce` gets the parts of all ranks. Returns the result of `reduce` for
+    /// this rank. Each phase has one exchange.
     ///
     /// # Errors
     /// As [`Group::exchange`]. `Deadline` when the exchange begins too late to end while the ranks are lent.

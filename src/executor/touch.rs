@@ -1,6 +1,6 @@
 //! Shows other hosts that the attempts of this executor are alive.
 //!
-//! It has its own thread, so that no work of another thread, such as a sweep of many files, delays it.
+//! Touching has its own thread, so that no work of another thread, such as a sweep of many files, delays it.
 
 use crate::guard::attempt;
 use crate::storage::Storage;

@@ -1,4 +1,4 @@
-//! What a rank holds, as the ranks tell it each other before a save of a new structure.
+//! The description of one rank's tensors, which ranks exchange before a save of a new structure.
 
 use super::cut::check_name;
 use crate::digest::Digest;
@@ -8,7 +8,7 @@ use crate::state::{Dtype, Layout, Place, Shape, StateDict};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
-/// The begin of a description: what it is, and its version.
+/// The first bytes of a description: its kind and its version.
 const MAGIC: &[u8; 8] = b"ashplan\x01";
 
 /// The bytes of a digest.
@@ -19,7 +19,7 @@ const DIGEST: usize = 8;
 pub struct Description {
     /// The number of files that the rank wants to write.
     pub files: u32,
-    /// In ascending order of their names, none twice.
+    /// The tensors in ascending order of their names, each name once.
     pub tensors: Vec<Described>,
 }
 
@@ -32,27 +32,27 @@ pub struct Described {
     pub dtype: Dtype,
     /// Its shape.
     pub shape: Vec<usize>,
-    /// The boxes of it that the rank holds.
+    /// The boxes of the tensor that the rank holds.
     pub boxes: Vec<BoxOf>,
-    /// The tensor that has the bytes of this one, which then has no boxes.
+    /// The tensor that holds the bytes of this one. This one has no boxes then.
     pub alias_of: Option<String>,
 }
 
 /// A box of a tensor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BoxOf {
-    /// The index in the tensor of its first element.
+    /// The index of its first element in the tensor.
     pub at: Vec<usize>,
     /// Its shape.
     pub extent: Vec<usize>,
 }
 
 impl Description {
-    /// Describes `state`. The second result has the index in `state` of each box, in the order in which the
+    /// Describes `state`. The second result is the index in `state` of each box, in the order in which the
     /// description lists them.
     ///
     /// # Errors
-    /// `Invalid`, naming a tensor that no file can hold.
+    /// `Invalid`, naming a tensor that does not fit in any file.
     pub fn of(state: &StateDict<'_>, files: usize) -> Result<(Self, Vec<usize>)> {
         let mut order: Vec<usize> = (0..state.len()).collect();
         let key = |i: usize| state.tensors.get_index(i).map(|(key, tensor)| (&key.name, &tensor.place, key.number));
@@ -92,19 +92,20 @@ impl Description {
         Ok((Self { files: u32::try_from(files).unwrap_or(u32::MAX), tensors }, order))
     }
 
-    /// The bytes to hand to other ranks, and their digest: equal structures of a rank have equal digests.
+    /// Returns the bytes to send to other ranks, and their digest. Equal structures of a rank have equal
+    /// digests.
     ///
     /// # Errors
-    /// `Internal` when it cannot be encoded.
+    /// `Internal` when the description cannot be encoded.
     pub fn encode(&self) -> Result<(Vec<u8>, Digest)> {
         encode(MAGIC, self)
     }
 
-    /// Reads the bytes that [`Description::encode`] made, and checks every tensor and box in them. It uses at
-    /// most a constant times their length in memory.
+    /// Decodes the bytes that [`Description::encode`] returned, and checks every tensor and box in them. The
+    /// memory used is at most a constant times their length.
     ///
     /// # Errors
-    /// `Corrupt` for other bytes; `Invalid` for those of another version.
+    /// `Corrupt` for other bytes; `Invalid` for bytes of another version.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         let read: Self = decode(MAGIC, bytes)?;
         let mut before: Option<&str> = None;
@@ -149,7 +150,7 @@ pub(super) fn encode(magic: &[u8; 8], value: &impl Serialize) -> Result<(Vec<u8>
     Ok((bytes, digest))
 }
 
-/// Decodes what [`encode`] made.
+/// Decodes bytes that [`encode`] returned.
 pub(super) fn decode<'de, T: Deserialize<'de>>(magic: &[u8; 8], bytes: &'de [u8]) -> Result<T> {
     let corrupt = |why: &str| Error::corrupt(format!("{why} bytes={}", bytes.len()));
     let (text, digest) = bytes.split_last_chunk::<DIGEST>().ok_or_else(|| corrupt("a plan is incomplete"))?;
@@ -172,7 +173,7 @@ pub(super) fn decode<'de, T: Deserialize<'de>>(magic: &[u8; 8], bytes: &'de [u8]
     }
 }
 
-/// A box as ranges, for messages.
+/// Formats a box as ranges, for messages.
 pub(super) fn ranges(at: &[usize], extent: &[usize]) -> String {
     let ranges: Vec<Range<usize>> = at.iter().zip(extent).map(|(at, extent)| *at..at + extent).collect();
     format!("{ranges:?}")

@@ -1,5 +1,5 @@
-//! Data that the stages of a save exchange: chunks from stager to writers, receipts from writers to
-//! committer, and the request that all of them read.
+//! Data that the stages of a save exchange: chunks from the stager to the writers, receipts from the writers
+//! to the committer, and the request that all of them read.
 
 use super::save::Plan;
 use crate::digest::Digest;
@@ -22,25 +22,25 @@ pub(crate) struct Request {
     pub plan: Arc<Plan>,
     /// The directory name of the step.
     pub name: String,
-    /// The directory in which the checkpoint gets its name; None: the root.
+    /// The directory that contains the checkpoint. None: the root.
     pub parent: Option<PathBuf>,
-    /// The storage in that directory, if the save has brought one, which goes with the save: an
-    /// `Arc<dyn Storage>`, of which this floor does not know.
+    /// The storage in that directory, if the program gave one for this save. It is an `Arc<dyn Storage>`, a
+    /// type that this layer does not know.
     pub brought: Option<Arc<dyn Any + Send + Sync>>,
     pub overwrite: bool,
-    /// The session that one process saves in, and its generation in the root, where tiers are behind the
-    /// root; what several ranks save has that of the ranks.
+    /// The session in which one process saves, and its generation in the root, if tiers are behind the root.
+    /// A save of several ranks has the session of the ranks.
     pub session: Option<(Uuid, u64)>,
     pub values: BTreeMap<String, serde_json::Value>,
     pub metadata: BTreeMap<String, serde_json::Value>,
-    /// The values of this rank alone.
+    /// The values of this rank only.
     pub rank_values: BTreeMap<String, serde_json::Value>,
     /// Digests of tensors taken at `save`, by index in the state dict, to compare with the staged bytes.
     pub expected: Vec<(usize, Digest)>,
-    /// Digests of tensors in host memory that other ranks write, by the number of the replica; None if this
+    /// Digests of tensors in host memory that other ranks write, by the number of the replica. None if this
     /// save does not compare replicas.
     pub replicas: Option<Vec<(u32, Digest)>>,
-    /// Expected digests of device tensors. The device computes them, so they are known once the save is
+    /// Expected digests of device tensors. The device computes them, so they are known when the save is
     /// staged.
     pub device_digests: DeferredDigests,
 }
@@ -48,7 +48,7 @@ pub(crate) struct Request {
 /// Digests of tensors, by their index in the state dict.
 type Known = Vec<(usize, Digest)>;
 
-/// Digests that a device has computed by the time a save is staged.
+/// Digests that a device has computed when a save is staged.
 pub(crate) struct DeferredDigests(pub Box<dyn Fn() -> Result<Known> + Send + Sync>);
 
 impl std::fmt::Debug for DeferredDigests {
@@ -66,7 +66,7 @@ pub(crate) struct Receipts {
     pub chunks: Vec<Digest>,
     /// How each shard was made.
     pub made: Vec<Made>,
-    /// How bytes reached the medium: buffered if any file was buffered.
+    /// How bytes reached the medium. Buffered if any file was buffered.
     pub mode: IoMode,
     /// When the last byte was written, from the start of the save.
     pub last_byte: Duration,
@@ -75,24 +75,24 @@ pub(crate) struct Receipts {
 /// How a shard was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Made {
-    /// All that had changed was written; the rest, if anything, was copied from an older file.
+    /// All changed chunks were written. The rest, if any, was copied from an older file.
     Written,
-    /// Nothing had changed, and the storage refused to share the older file: it was copied.
+    /// Nothing had changed, and the storage refused to share the older file. So the file was copied.
     Refused,
-    /// It shares blocks with the older file, and has a header of its own.
+    /// The shard shares blocks with the older file, and has its own header.
     Cloned,
-    /// It is the older file, which has this.
+    /// The shard is the older file, described by this entry.
     Linked(FilledFile),
 }
 
 /// A staged chunk on its way to a writer.
 #[derive(Debug)]
 pub(crate) struct Chunk {
-    /// Its index in the plan, which has shard, offset and length.
+    /// Its index in the plan, which gives shard, offset and length.
     pub index: usize,
     /// The slab that holds it, returned to the arena when the chunk is written.
     pub lease: Lease,
-    /// The digest of each segment; None if a device copied the bytes, so that no CPU read them.
+    /// The digest of each segment. None if a device copied the bytes, so that no CPU read them.
     pub digests: Option<Vec<Digest>>,
 }
 

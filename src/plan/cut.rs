@@ -1,18 +1,18 @@
-//! How the boxes that a rank writes are split into files. A pure function, because rank 0 computes the same
-//! for every rank.
+//! Splits the boxes that a rank writes into files. This is a pure function, because rank 0 computes the same
+//! split for every rank.
 
 use crate::error::{Error, Result};
 use crate::format::shard::MAX_HEADER;
 use std::ops::Range;
 
-/// A file ends before its header is longer than this, in bytes. Readers refuse 100,000,000, and read the
+/// The maximum header length of a file, in bytes. Readers refuse headers above 100,000,000, and read the
 /// whole header before the first tensor.
 const HEADER: u64 = 48 << 20;
 
-/// What a box adds to a file.
+/// The weight of a box in a file.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Weight {
-    /// How many boxes of the same tensor come before it: a file holds one box of a tensor at most.
+    /// The number of boxes of the same tensor before this one. A file holds at most one box of a tensor.
     pub layer: u32,
     /// Boxes of different classes are in different files.
     pub class: u32,
@@ -23,13 +23,13 @@ pub(super) struct Weight {
 }
 
 impl Weight {
-    /// What it counts for its file's share: a tensor without bytes counts for its header.
+    /// The bytes that the box counts for in its file. A tensor without bytes counts for its header.
     fn share(self) -> u64 {
         if self.bytes > 0 { self.bytes } else { self.header }
     }
 }
 
-/// Refuses a tensor whose entry alone makes a header that readers refuse.
+/// Refuses a tensor whose own entry makes a header longer than readers accept.
 pub(super) fn check_name(name: &str, header: u64) -> Result<()> {
     // The rest of a header: prefix, stamp, keys of `__metadata__`, padding.
     if header + 8192 <= MAX_HEADER as u64 {
@@ -40,9 +40,9 @@ pub(super) fn check_name(name: &str, header: u64) -> Result<()> {
     Err(Error::invalid(format!("{what} limit_bytes={MAX_HEADER} name_bytes={} begins={begin:?}", name.len())))
 }
 
-/// Splits boxes, sorted by layer and class, into runs, each for a file: about `files` of about equal bytes,
-/// and more where a file would hold two boxes of a tensor, two classes or too long a header. Every run has
-/// at least one box.
+/// Splits boxes, sorted by layer and class, into runs, one for each file: about `files` runs of about equal
+/// bytes, and more where a file would hold two boxes of a tensor, two classes or too long a header. Every run
+/// has at least one box.
 pub(super) fn cut(boxes: &[Weight], files: usize) -> Vec<Range<usize>> {
     let layers = boxes.last().map_or(1, |last| last.layer as usize + 1);
     let mut runs = Vec::new();
@@ -118,8 +118,8 @@ mod tests {
         assert_eq!(cut(&boxes, 4), [0..25, 25..50, 50..75, 75..100]);
     }
 
-    /// Regression: files were split by bytes alone, so 1.3 million tensors without bytes, or with few beside
-    /// a large one, stayed in one file, whose header was longer than readers accept.
+    /// Regression: files were split by bytes alone. So 1.3 million tensors without bytes, or with few bytes
+    /// beside a large one, stayed in one file, whose header was longer than readers accept.
     #[test]
     fn a_file_ends_where_its_header_would_be_too_long() {
         let header = |run: &Range<usize>, of: &[Weight]| of[run.clone()].iter().map(|w| w.header).sum::<u64>();

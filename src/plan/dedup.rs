@@ -1,6 +1,7 @@
-//! Which rank writes what: the descriptions of all ranks checked against each other and put together.
+//! Assigns boxes to the ranks that write them: checks the descriptions of all ranks against each other and
+//! merges them.
 //!
-//! The result depends on the descriptions alone, so every rank that computes it gets the same.
+//! The result depends only on the descriptions, so every rank that computes it gets the same result.
 
 use super::boxes::{BoxOf, Described, Description, ranges};
 use super::cut::{Weight, cut};
@@ -13,16 +14,16 @@ use foldhash::fast::FixedState;
 use std::cmp::Reverse;
 use std::collections::HashMap;
 
-/// Puts descriptions together, rank by rank, so that only one of them is in memory at a time.
+/// Merges descriptions rank by rank, so that only one of them is in memory at a time.
 #[derive(Debug)]
 pub struct Merge {
     tensors: Vec<Held>,
     by_name: HashMap<String, usize, FixedState>,
-    /// For each rank the files it wants, and the number of its boxes.
+    /// For each rank, the number of files that it wants and the number of its boxes.
     ranks: Vec<Option<(u32, u32)>>,
 }
 
-/// A tensor and all boxes of it.
+/// A tensor and all of its boxes.
 #[derive(Debug)]
 struct Held {
     name: String,
@@ -31,14 +32,14 @@ struct Held {
     alias_of: Option<String>,
     /// The rank that described it first.
     first: u32,
-    /// Rank and number in its description, for each box.
+    /// For each box, a rank and the number of the box in that rank's description.
     holders: Vec<(u32, u32)>,
-    /// Begin and extent of each box.
+    /// The begin and extent of each box.
     coordinates: Vec<usize>,
 }
 
 impl Merge {
-    /// A merge of the descriptions of `world` ranks.
+    /// Makes a merge of the descriptions of `world` ranks.
     pub fn new(world: u32) -> Self {
         Self { tensors: Vec::new(), by_name: HashMap::default(), ranks: vec![None; world as usize] }
     }
@@ -46,8 +47,8 @@ impl Merge {
     /// Adds the description of `rank`.
     ///
     /// # Errors
-    /// `Invalid`, with the tensor, both ranks and what each says, if it disagrees with an earlier one;
-    /// `Internal` for a rank that is not one or was added before.
+    /// `Invalid`, with the tensor, both ranks and both statements, if the description disagrees with an
+    /// earlier one; `Internal` for a number that is no rank, or that was added before.
     pub fn add(&mut self, rank: u32, description: &Description) -> Result<()> {
         match self.ranks.get_mut(rank as usize) {
             Some(free @ None) => {
@@ -97,13 +98,13 @@ impl Merge {
         Ok(held)
     }
 
-    /// Checks that the boxes of each tensor cover it, each element once, and gives every box to one of the
-    /// ranks that hold it.
+    /// Checks that the boxes of each tensor cover the tensor, each element once. Assigns every box to one of
+    /// the ranks that hold it.
     ///
     /// # Errors
-    /// `Invalid`, with the tensor, the ranks and the box, where boxes overlap without being the same, or
-    /// leave a hole; and for an alias of a tensor that is not there or is another. `Internal`, with the ranks
-    /// that were not added.
+    /// `Invalid`, with the tensor, the ranks and the box, where boxes overlap without being equal, or leave a
+    /// hole. `Invalid` also for an alias whose tensor is missing or has another dtype or shape. `Internal`,
+    /// with the ranks that were not added.
     pub fn finish(mut self) -> Result<Whole> {
         let missing = |(rank, of): (usize, &Option<_>)| if of.is_none() { Some(rank as u32) } else { None };
         let absent: Vec<u32> = self.ranks.iter().enumerate().filter_map(missing).collect();
@@ -129,7 +130,7 @@ impl Merge {
         Ok(self.shares(tensors, groups, &writers, sharded))
     }
 
-    /// The number of the tensor that an alias stands for.
+    /// Returns the number of the tensor that an alias stands for.
     fn holder(&self, held: &Held) -> Result<Option<u32>> {
         let Some(of) = &held.alias_of else { return Ok(None) };
         let target = self.by_name.get(of).map(|&i| (i, &self.tensors[i]));
@@ -146,7 +147,7 @@ impl Merge {
         }
     }
 
-    /// Numbers the files of all ranks, and tells each rank and each box.
+    /// Numbers the files of all ranks, and assigns files to ranks and boxes.
     fn shares(self, mut tensors: Vec<WholeTensor>, groups: Vec<Group>, writers: &[usize], sharded: bool) -> Whole {
         let world = self.ranks.len() as u32;
         let share = |(rank, files): (usize, &Option<(u32, u32)>)| {
@@ -216,7 +217,8 @@ struct Group {
     tensor: usize,
     place: BoxOf,
     bytes: u64,
-    /// Rank and number in its description, each rank once, in ascending order.
+    /// For each rank that holds the box, in ascending order: the rank, and the number of the box in its
+    /// description.
     holders: Vec<(u32, u32)>,
 }
 
@@ -226,7 +228,7 @@ impl Held {
         self.coordinates[2 * dims * index..2 * dims * (index + 1)].split_at(dims)
     }
 
-    /// The boxes to write, each with its holders.
+    /// Returns the boxes to write, each with its holders.
     fn groups(&self, tensor: usize, world: u32) -> Result<Vec<Group>> {
         let bytes = |extent: &[usize]| Layout::new(self.dtype, extent).bytes();
         let group = |at: &[usize], extent: &[usize], holders: Vec<(u32, u32)>| {
@@ -235,11 +237,12 @@ impl Held {
         };
         let empty = |extent: &[usize]| extent.contains(&0);
         if empty(&self.shape) {
-            // Written once, as a whole; torch's reader takes its shape from there.
+            // The tensor is written once, as a whole: torch's reader takes the tensor's shape from there.
             let Some(lowest) = self.holders.iter().min() else { return Ok(Vec::new()) };
             return Ok(vec![group(&vec![0; self.shape.len()], &self.shape, vec![*lowest])?]);
         }
-        // torch's reader keeps one box for each begin: an empty one there could hide a full one.
+        // torch's reader keeps one box for each begin. So an empty box could hide a full one with the same
+        // begin.
         let mut order: Vec<usize> = (0..self.holders.len()).filter(|&i| !empty(self.place(i).1)).collect();
         order.sort_unstable_by_key(|&i| (self.place(i), self.holders[i]));
         let same: Vec<&[usize]> = order.chunk_by(|&a, &b| self.place(a) == self.place(b)).collect();
@@ -260,7 +263,7 @@ impl Held {
             .collect()
     }
 
-    /// Says which boxes overlap and who holds them, or which box is missing.
+    /// Returns the error that names the overlapping boxes and their holders, or the missing box.
     fn refuse(&self, fault: &Fault, order: &[usize], world: u32) -> Error {
         let about = format!("tensor={:?} dtype={} shape={:?}", self.name, self.dtype, self.shape);
         let (text, indices) = match fault {
@@ -297,7 +300,7 @@ impl Held {
         error.with_ranks(ranks)
     }
 
-    /// The extent of a hole that begins at `point`, as far as it is a box.
+    /// Returns the extent of a hole that begins at `point`, as far as the hole is a box.
     fn hole(&self, point: &[usize], order: &[usize]) -> Vec<usize> {
         let mut extent = vec![1; point.len()];
         for d in (0..point.len()).rev() {
@@ -316,11 +319,11 @@ fn contains((at, extent): (&[usize], &[usize]), point: &[usize]) -> bool {
     point.iter().zip(at.iter().zip(extent)).all(|(p, (at, extent))| (*at..at + extent).contains(p))
 }
 
-/// Puts the encoded descriptions of all ranks together, in the order of ranks; returns the step, and the
-/// encoded share of each rank. Only one description is decoded at a time.
+/// Merges the encoded descriptions of all ranks, in the order of ranks. Returns the step, and the encoded
+/// share of each rank. Only one description is decoded at a time.
 ///
 /// # Errors
-/// Those of [`Description::decode`], with the rank, of [`Merge::add`] and of [`Merge::finish`].
+/// Errors of [`Description::decode`], with the rank, of [`Merge::add`] and of [`Merge::finish`].
 pub fn share_out(descriptions: impl ExactSizeIterator<Item = Vec<u8>>) -> Result<(Whole, Vec<Vec<u8>>)> {
     let mut merge = Merge::new(descriptions.len() as u32);
     for (bytes, rank) in descriptions.zip(0..) {
@@ -332,8 +335,8 @@ pub fn share_out(descriptions: impl ExactSizeIterator<Item = Vec<u8>>) -> Result
     Ok((whole, shares))
 }
 
-/// Chooses who writes each box, an index into its holders: boxes that several ranks hold go, the largest
-/// first, to the holder that has the fewest bytes so far.
+/// Chooses the writer of each box, as an index into its holders. Boxes that several ranks hold are assigned
+/// in order of size, the largest first, to the holder with the fewest bytes so far.
 fn assign(groups: &[Group], world: u32) -> Vec<usize> {
     let mut load = vec![0_u64; world as usize];
     let mut writers = vec![0; groups.len()];

@@ -1,11 +1,11 @@
 //! The plan: the file and offset of every byte of a save, computed before anything is copied.
 //!
-//! A plan depends on the structure of a state dict alone (names, dtypes, shapes, in order), so it is kept as
+//! A plan depends only on the structure of a state dict (names, dtypes, shapes, in order). So it is kept as
 //! long as the structure stays the same. Values that change from save to save (step, attempt, digests) have
-//! fixed offsets in it.
+//! fixed offsets in the plan.
 //!
-//! Several ranks plan together: each describes what it holds ([`Description`]), the descriptions are put
-//! together ([`Merge`]), and each rank plans its [`Share`].
+//! Several ranks plan together: each rank describes its tensors ([`Description`]), the descriptions are
+//! merged ([`Merge`]), and each rank plans its [`Share`].
 
 mod boxes;
 mod chunk;

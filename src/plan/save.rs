@@ -1,4 +1,4 @@
-//! Planning a save: shards, chunks and segments, from the structure of a state dict.
+//! Planning of a save: shards, chunks and segments, from the structure of a state dict.
 
 use super::boxes::Description;
 use super::cut::{Weight, check_name, cut};
@@ -20,7 +20,7 @@ use std::ops::Range;
 pub(crate) struct Shape {
     /// Bytes per chunk, a multiple of [`ALIGNMENT`].
     pub chunk: u64,
-    /// The number of shard files; more where headers would be too long.
+    /// The number of shard files. The plan has more files where headers would be too long.
     pub files: usize,
     /// The rank of this process, if several ranks write the step.
     pub rank: Option<u32>,
@@ -32,11 +32,11 @@ pub(crate) struct Plan {
     pub chunks: Vec<ChunkPlan>,
     /// The segments in file order, shard after shard.
     pub segments: Vec<Segment>,
-    /// The tensors and boxes to write, in the order of the table: sorted by name and by where they begin.
+    /// The tensors and boxes to write, in the order of the table: sorted by name and by their begin.
     pub tensors: Vec<Planned>,
-    /// The index in `tensors` of each tensor of the state dict; None if another rank writes it.
+    /// The index in `tensors` of each tensor of the state dict. None if another rank writes the tensor.
     pub places: Vec<Option<usize>>,
-    /// What other ranks hold, too: the index in the state dict, and the number of the replica.
+    /// Boxes that other ranks hold, too: the index in the state dict, and the number of the replica.
     pub replicas: Vec<(usize, u32)>,
     pub table: TableTemplate,
     /// `model.safetensors.index.json`, when there are several shards.
@@ -90,7 +90,7 @@ pub(crate) enum SegmentSource {
 pub(crate) struct Planned {
     /// The number of its tensor among those of all ranks, sorted by name.
     pub number: u32,
-    /// Its shard, and its offset there.
+    /// Its shard, and its offset in that shard.
     pub shard: usize,
     pub offset: u64,
     pub bytes: u64,
@@ -104,8 +104,8 @@ impl std::fmt::Debug for Plan {
 }
 
 impl Plan {
-    /// Plans a save of `state` by one rank. `still` has the tensors that are taken for frozen, by their index
-    /// in the state dict, besides those that the program declared.
+    /// Plans a save of `state` by one rank. `still` marks the tensors that are taken for frozen, by their
+    /// index in the state dict, besides those that the program declared frozen.
     ///
     /// # Errors
     /// `Invalid` when the sizes overflow, boxes do not cover their tensor, or the header of a file would be
@@ -130,11 +130,12 @@ impl Plan {
         Self::build(state, shape, (0..state.len()).map(item).collect(), None)
     }
 
-    /// Plans what one of several ranks writes of `state`: its `share`, as [`Merge`] found it. `order` is that
-    /// of [`Description::of`]. The manifest of such a plan has the boxes of this rank.
+    /// Plans the part of `state` that one of several ranks writes: its `share`, as computed by [`Merge`].
+    /// `order` is the order from [`Description::of`]. The manifest of such a plan lists the boxes of this
+    /// rank.
     ///
     /// # Errors
-    /// Those of [`Plan::new`]; `Internal` for the share of another state.
+    /// Errors of [`Plan::new`]; `Internal` for the share of another state.
     pub fn of_share(state: &StateDict<'_>, shape: Shape, order: &[usize], share: &Share) -> Result<Self> {
         if order.len() != share.boxes.len() {
             return Err(Error::internal("the share of a rank is that of another state"));
@@ -157,8 +158,8 @@ impl Plan {
         let total = items.iter().try_fold(0, sum).filter(|&sum| sum <= i64::MAX as u64 / 2);
         let total = total.ok_or_else(|| Error::invalid("the state is too large"))?;
 
-        // Classes have files of their own. Then by descending element size, so that every tensor is aligned
-        // to its elements; then by name, for a stable order.
+        // Each class has files of its own. Within a class, tensors are sorted by descending element size, so
+        // that every tensor is aligned to its elements, and then by name, for a stable order.
         let key = |item: &Item| (item.layer, item.class, Reverse(source.tensor(item).layout.dtype.bitsize()));
         items.sort_by(|a, b| key(a).cmp(&key(b)).then_with(|| source.name_and_at(a).cmp(&source.name_and_at(b))));
         let weights = items.iter().map(|item| source.weight(item, total)).collect::<Result<Vec<_>>>()?;
@@ -166,8 +167,8 @@ impl Plan {
         if parts.len() > shape.files {
             tracing::info!(files = parts.len(), wanted = shape.files, "more files are written than asked for");
         }
-        // A step of no tensors has a file, too. A share of nothing has none: torch's own tools refuse a
-        // sharded step in which a file has no tensors.
+        // A step without tensors has one file. An empty share of a sharded step has none: torch's own tools
+        // refuse a sharded step with a file without tensors.
         if parts.is_empty() && share.is_none_or(|share| !share.sharded) {
             parts.push(0..0);
         }
@@ -235,27 +236,27 @@ impl Plan {
         Ok(plan)
     }
 
-    /// The name of a tensor by its index in the state dict.
+    /// Returns the name of a tensor by its index in the state dict.
     pub fn name(&self, tensor: usize) -> &str {
         self.names.get(tensor).map_or("", |(name, ..)| name)
     }
 
-    /// The fingerprint of its states.
+    /// Returns the fingerprint of the states that this plan fits.
     pub fn fingerprint(&self) -> u64 {
         self.fingerprint
     }
 
-    /// The shard that has a tensor, by its index in the state dict; None if another rank writes it.
+    /// Returns the shard of a tensor, by its index in the state dict. None if another rank writes the tensor.
     pub fn shard_of(&self, tensor: usize) -> Option<usize> {
         self.places.get(tensor).copied().flatten().map(|place| self.tensors[place].shard)
     }
 
-    /// The bytes of a tensor that this process writes.
+    /// Returns the number of bytes of a tensor that this process writes.
     pub fn bytes_of(&self, tensor: usize) -> u64 {
         self.places.get(tensor).copied().flatten().map_or(0, |place| self.tensors[place].bytes)
     }
 
-    /// Whether the tensor shares files with frozen ones only.
+    /// Whether the tensor shares files only with frozen tensors.
     pub fn is_apart(&self, tensor: usize) -> bool {
         self.classes.get(tensor) == Some(&STILL)
     }
@@ -265,8 +266,8 @@ impl Plan {
         self.names.get(tensor).is_some_and(|(.., group)| *group != OPEN)
     }
 
-    /// Returns true if this is a plan of `state`. For host tensors it compares only the fingerprint, which is
-    /// fast, and [`Plan::check`] compares the rest before anything is read. It checks device tensors in full,
+    /// Returns true if this is a plan of `state`. Host tensors are compared only by fingerprint, which is
+    /// fast; [`Plan::check`] compares the rest before anything is read. Device tensors are compared in full,
     /// because devices read them by this plan as soon as it is chosen.
     pub fn fits(&self, state: &StateDict<'_>, shape: Shape) -> bool {
         let alike = self.fingerprint == state.fingerprint() && self.names.len() == state.len() && self.shape == shape;
@@ -286,13 +287,13 @@ impl Plan {
     }
 }
 
-/// A file entry with digests still empty.
+/// Returns a file entry with digests still empty.
 fn file(name: &str, length: u64, data: u64) -> FileEntry {
     FileEntry { name: name.into(), length, data, header: Digest::EMPTY, digest: Digest::EMPTY }
 }
 
-/// Adds aliases to the tensors of a table, which are sorted by name, and returns the numbers of each alias
-/// and of its holder.
+/// Adds aliases to the tensors of a table, which are sorted by name. Returns the number of each alias and of
+/// its holder.
 fn add_aliases(tensors: &mut Vec<TensorEntry>, aliases: &Aliases) -> Result<BTreeMap<usize, usize>> {
     let find = |tensors: &[TensorEntry], name: &str| {
         let found = tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(name));
@@ -317,13 +318,13 @@ struct Item {
     tensor: usize,
     /// The number of its tensor among those of all ranks.
     number: u32,
-    /// How many boxes of the same tensor come before it.
+    /// The number of boxes of the same tensor before this one.
     layer: u32,
     /// Items of different classes go to different files.
     class: u32,
 }
 
-/// The state, and whether it is written in the dialect of a sharded step.
+/// The state, and whether it is written in the format of a sharded step.
 struct State<'s, 'a> {
     state: &'s StateDict<'a>,
     sharded: bool,
@@ -342,19 +343,19 @@ impl<'s, 'a> State<'s, 'a> {
         self.tensor(item).location.bytes()
     }
 
-    /// The shape of the whole tensor.
+    /// Returns the shape of the whole tensor.
     fn global(&self, item: &Item) -> &'s [usize] {
         let tensor = self.tensor(item);
         tensor.place.as_ref().map_or(&tensor.layout.shape[..], |place| &place.global[..])
     }
 
-    /// The shape that is written. A tensor without elements is written once, as a whole.
+    /// Returns the shape that is written. A tensor without elements is written once, as a whole.
     fn extent(&self, item: &Item) -> &'s [usize] {
         let (tensor, global) = (self.tensor(item), self.global(item));
         if global.contains(&0) { global } else { &tensor.layout.shape[..] }
     }
 
-    /// Where that begins in the tensor.
+    /// Returns the begin of that shape in the tensor.
     fn at(&self, item: &Item) -> state::Shape {
         let global = self.global(item);
         match &self.tensor(item).place {
@@ -400,7 +401,7 @@ impl<'s, 'a> State<'s, 'a> {
     }
 }
 
-/// Where the bytes of an item are.
+/// The ranges of the bytes of an item.
 struct Ranges {
     shard: usize,
     offset: u64,
@@ -411,7 +412,7 @@ struct Draft {
     shape: Shape,
     chunks: Vec<ChunkPlan>,
     segments: Vec<Segment>,
-    /// Of the items so far.
+    /// The ranges of the items so far.
     ranges: Vec<Ranges>,
 }
 
@@ -478,8 +479,8 @@ mod tests {
         state
     }
 
-    /// Regression: kernels read device tensors by offsets of the plan when only its 64-bit fingerprint was
-    /// compared, so a structure with the same fingerprint as the last was read beyond its end.
+    /// Regression: kernels read device tensors at offsets of the plan after only its 64-bit fingerprint had
+    /// been compared. So a structure with the same fingerprint as the last one was read beyond its end.
     #[test]
     fn a_plan_is_taken_for_tensors_of_a_device_only_if_it_is_theirs() {
         let shape = Shape { chunk: 4096, files: 1, rank: None };

@@ -1,4 +1,4 @@
-//! Tests of what several ranks write together.
+//! Tests of steps that several ranks write together.
 
 use super::*;
 use crate::digest::Digest;
@@ -85,7 +85,7 @@ fn empty_boxes_are_written_only_of_empty_tensors_and_once() {
 fn replicas_are_shared_out_by_bytes() {
     let held = |n: usize| (0..n).map(|i| tensor(&format!("w{i:02}"), &[1000 + i], &[(&[0], &[1000 + i])])).collect();
     let mut ranks: Vec<Vec<Described>> = vec![held(40); 4];
-    // Rank 2 has something of its own, and writes less of the rest for that.
+    // Rank 2 also holds a tensor of its own, and therefore writes less of the others.
     ranks[2].push(tensor("x", &[20_000], &[(&[0], &[20_000])]));
     let whole = merged(&ranks).unwrap();
     let bytes = |rank: u32| -> usize {
@@ -104,7 +104,7 @@ fn the_same_box_twice_in_one_rank_is_written_once() {
     assert!(!whole.shares[0].sharded && whole.replicas.is_empty());
 }
 
-/// Three ranks hold the same half of a tensor, and one of them has drifted.
+/// Three ranks hold the same half of a tensor, and the bytes of one rank have drifted.
 #[test]
 fn a_replica_that_drifted_is_named_with_its_rank() {
     let half = |at| vec![tensor("v", &[2], &[(&[0], &[2])]), tensor("w", &[8], &[(&[at], &[4])])];
@@ -181,7 +181,7 @@ fn damaged_and_hostile_descriptions_are_refused() {
     assert_eq!((error.kind(), error.message().ends_with("version=2")), (ErrorKind::Invalid, true), "{error}");
     let longer = [&bytes[..bytes.len() - 8], b"x"].concat();
     assert!(Description::decode(&sealed(&longer)).is_err());
-    // Says that 2^60 tensors follow.
+    // The bytes claim that 2^60 tensors follow.
     let many = [&b"ashplan\x01\x01"[..], &[0x80; 8], &[0x10]].concat();
     assert!(Description::decode(&sealed(&many)).is_err());
     let share = Share::decode(&bytes);
@@ -208,7 +208,7 @@ fn damaged_and_hostile_descriptions_are_refused() {
     }
 }
 
-/// A rank's boxes, given as at and extent, of one tensor of bytes.
+/// Makes the state of a rank from boxes of tensors of bytes, given as begin and extent.
 fn rank_state(of: &[(String, Vec<usize>, BoxOf)]) -> StateDict<'static> {
     let mut state = StateDict::new();
     for (name, shape, BoxOf { at, extent }) in of {
@@ -218,11 +218,11 @@ fn rank_state(of: &[(String, Vec<usize>, BoxOf)]) -> StateDict<'static> {
     state
 }
 
-/// A box, the ranks that hold it, and where it is cut next.
+/// A cut: the number of a part, the dimension of the cut, and its place in that dimension.
 type Cut = (usize, usize, usize);
 
 proptest! {
-    /// Tensors are cut at random, the boxes dealt to random ranks, some to several.
+    /// Tensors are cut at random. The boxes are given to random ranks, some to several.
     #[test]
     fn every_element_is_written_once_and_every_rank_plans_the_same(
         world in 1_u32..6,
@@ -298,7 +298,7 @@ proptest! {
     }
 }
 
-/// A tenth of the size that is promised, in the debug build; the whole by hand.
+/// A tenth of the promised size, in the debug build. The full size is run by hand.
 #[test]
 fn many_ranks_are_put_together_in_little_time() {
     many_ranks(300, 300);

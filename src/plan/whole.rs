@@ -1,4 +1,4 @@
-//! What all ranks write together, and each of them.
+//! The step that all ranks write together, and the share of each rank.
 
 use super::boxes::{BoxOf, decode, encode, ranges};
 use crate::digest::Digest;
@@ -8,13 +8,13 @@ use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
 
-/// The number of ranks that an error names.
+/// The maximum number of ranks that an error names.
 pub(super) const NAMED: usize = 64;
 
-/// The begin of a share: what it is, and its version.
+/// The first bytes of a share: its kind and its version.
 const MAGIC: &[u8; 8] = b"ashpart\x01";
 
-/// A step of all ranks.
+/// A step that all ranks write.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Whole {
     /// The names of the shards, those of rank 0 first.
@@ -27,11 +27,11 @@ pub struct Whole {
     pub replicas: Vec<Replica>,
 }
 
-/// The digests that ranks took of their replicas, compared as they come: it keeps a digest that many ranks
-/// share once.
+/// The digests that ranks computed of their replicas, merged as they arrive. A digest that many ranks share
+/// is kept once.
 #[derive(Debug, Default)]
 pub struct Comparison {
-    /// The digests of each replica, in the order of the lowest rank that has them.
+    /// The digests of each replica, in the order of the lowest rank that has each.
     seen: BTreeMap<u32, SmallVec<[Seen; 1]>>,
 }
 
@@ -40,13 +40,13 @@ pub struct Comparison {
 struct Seen {
     digest: Digest,
     count: usize,
-    /// The first ranks that have it.
+    /// The first ranks that computed it.
     ranks: SmallVec<[u32; 4]>,
 }
 
 impl Comparison {
-    /// Adds the digests that `rank` took: the number of each replica and its digest. Ranks come in ascending
-    /// order.
+    /// Adds the digests that `rank` computed: the number of each replica and its digest. Ranks are added in
+    /// ascending order.
     pub fn add(&mut self, rank: u32, digests: &[(u32, Digest)]) {
         for &(replica, digest) in digests {
             let seen = self.seen.entry(replica).or_default();
@@ -62,16 +62,16 @@ impl Comparison {
         }
     }
 
-    /// True if no rank took a digest.
+    /// True if no rank computed a digest.
     pub fn is_empty(&self) -> bool {
         self.seen.is_empty()
     }
 
-    /// Compares them. A replica of which one rank alone took the digest is not compared.
+    /// Compares the digests. A replica whose digest only one rank computed is not compared.
     ///
     /// # Errors
-    /// `Invalid`, with the tensor, its box and the ranks that differ from most others, or from the lowest
-    /// rank where no value is that of most.
+    /// `Invalid`, with the tensor, its box and the ranks whose digest differs from the most frequent one, or
+    /// from that of the lowest rank where none is the most frequent.
     pub fn finish(&self, whole: &Whole) -> Result<()> {
         let Some((replica, seen)) = self.seen.iter().find(|(_, seen)| seen.len() > 1) else { return Ok(()) };
         let usual = seen.iter().rev().max_by_key(|seen| seen.count).map(|seen| seen.digest);
@@ -101,16 +101,16 @@ pub struct WholeTensor {
     pub dtype: Dtype,
     /// Its shape.
     pub shape: Vec<usize>,
-    /// The number of the tensor that has its bytes; it has no boxes then.
+    /// The number of the tensor that holds its bytes. It has no boxes then.
     pub alias_of: Option<u32>,
-    /// Its boxes in ascending order of where they begin.
+    /// Its boxes in ascending order of their begin.
     pub boxes: Vec<Written>,
 }
 
-/// A box as it is written.
+/// A box and the file that it is written to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Written {
-    /// Where it lies.
+    /// Its position in the tensor.
     pub place: BoxOf,
     /// The rank that writes it.
     pub rank: u32,
@@ -118,22 +118,23 @@ pub struct Written {
     pub file: u32,
 }
 
-/// What one rank writes.
+/// The part of a step that one rank writes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Share {
     /// The rank.
     pub rank: u32,
     /// How many ranks save together.
     pub world: u32,
-    /// True if shards say where in their tensors boxes lie: for several ranks, or a tensor in several boxes.
+    /// True if shards say where boxes lie in their tensors: for several ranks, or for a tensor in several
+    /// boxes.
     pub sharded: bool,
     /// The number of its first file among those of all ranks.
     pub first_file: u32,
-    /// Each box of its description, in that order.
+    /// One entry for each box of its description, in that order.
     pub boxes: Vec<Part>,
 }
 
-/// What a rank does with a box that it holds.
+/// The role of a rank for a box that it holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Part {
     /// The number of its tensor in the step.
@@ -156,18 +157,18 @@ pub struct Replica {
 }
 
 impl Share {
-    /// The bytes to hand to the rank.
+    /// Returns the bytes to send to the rank.
     ///
     /// # Errors
-    /// `Internal` when it cannot be encoded.
+    /// `Internal` when the share cannot be encoded.
     pub fn encode(&self) -> Result<Vec<u8>> {
         Ok(encode(MAGIC, self)?.0)
     }
 
-    /// Reads what [`Share::encode`] made.
+    /// Decodes the bytes that [`Share::encode`] returned.
     ///
     /// # Errors
-    /// `Corrupt` for other bytes; `Invalid` for those of another version.
+    /// `Corrupt` for other bytes; `Invalid` for bytes of another version.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         decode(MAGIC, bytes)
     }

@@ -1,7 +1,7 @@
-//! The lines of a run log, and how they are read. `docs/format.md` specifies them.
+//! The lines of a run log, and the reading of them. `docs/format.md` specifies them.
 //!
-//! A log is read as far as it is whole: lines that are cut, too long or of a later version are counted and
-//! passed over, and unknown fields are ignored.
+//! A log is read as far as its lines are whole. Lines that are cut, too long or of a later version are
+//! counted and skipped. Unknown fields are ignored.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::settings::Settings;
@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 pub const DIRECTORY: &str = ".runs";
 /// The extension of a run log.
 pub const EXTENSION: &str = "jsonl";
-/// The longest line that is read.
+/// The maximum length of a line that is read.
 const LINE_MAX: u64 = 64 << 10;
-/// The most bytes of one log that are read.
+/// The maximum number of bytes of one log that are read.
 const LOG_MAX: u64 = 64 << 20;
 
 /// One line.
@@ -50,17 +50,17 @@ pub struct Head {
     pub pid: u32,
     /// The number of ranks that save together.
     pub world: u32,
-    /// The device that copies, as the report of the device says it.
+    /// The device that copies, as named in the report of the device.
     pub device: String,
     /// How files are written.
     pub engine: String,
     /// The bytes of the arena, which may be fewer than the settings ask for.
     pub arena: u64,
-    /// The arena is pinned.
+    /// Whether the arena is pinned.
     pub pinned: bool,
-    /// Which of the files of this executor it is, from 0.
+    /// The number of this file among those of its executor, from 0.
     pub part: u32,
-    /// The settings; None when a later version has settings that this one does not know.
+    /// The settings. None when a later version has settings that this version does not know.
     #[serde(deserialize_with = "known")]
     pub settings: Option<Settings>,
 }
@@ -88,18 +88,18 @@ pub enum Ended {
     Failed,
     /// Another save replaced it before it began.
     Superseded,
-    /// It did not begin, because another save was unfinished.
+    /// The save did not begin, because another save was unfinished.
     Skipped,
     /// It is not known whether the step is durable.
     Indeterminate,
-    /// A way of a later version.
+    /// An end that only a later version knows.
     #[default]
     #[serde(other)]
     Unknown,
 }
 
-/// A save that has ended. Times are in microseconds; moments count from the call of `save`. What is zero is
-/// not written.
+/// A save that has ended. Times are in microseconds; moments count from the call of `save`. A value of zero
+/// is not written.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SaveLine {
@@ -115,7 +115,7 @@ pub struct SaveLine {
     /// The error, cut at 200 characters.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub why: String,
-    /// The checkpoint is outside of the root.
+    /// Whether the checkpoint is outside of the root.
     #[serde(skip_serializing_if = "is_false")]
     pub elsewhere: bool,
     /// Bytes of tensors.
@@ -127,7 +127,7 @@ pub struct SaveLine {
     /// Bytes that were written, headers included.
     #[serde(skip_serializing_if = "is_zero")]
     pub written_bytes: u64,
-    /// How many chunks they are.
+    /// How many chunks were written.
     #[serde(skip_serializing_if = "is_zero")]
     pub chunks: u64,
     /// How long the call of `save` lasted.
@@ -158,10 +158,10 @@ pub struct SaveLine {
     pub written: u64,
     /// When the save ended.
     pub ended: u64,
-    /// How long writers digested, all together.
+    /// How long writers digested, summed over all writers.
     #[serde(skip_serializing_if = "is_zero")]
     pub digest: u64,
-    /// How long writers waited for the storage, all together.
+    /// How long writers waited for the storage, summed over all writers.
     #[serde(skip_serializing_if = "is_zero")]
     pub write: u64,
     /// How often it was tried again.
@@ -176,12 +176,12 @@ pub struct SaveLine {
 }
 
 impl SaveLine {
-    /// How long training waited for it: the call of `save` and the fences.
+    /// How long training waited for the save: in the call of `save` and in fences.
     pub fn stall(&self) -> u64 {
         self.call.saturating_add(self.fence)
     }
 
-    /// The part of the fences' waits that a larger arena can avoid, at most.
+    /// The most of the fences' waits that a larger arena can avoid.
     pub fn starved(&self) -> u64 {
         self.arena.min(self.fence)
     }
@@ -200,11 +200,11 @@ fn is_false(flag: &bool) -> bool {
 /// One log, as far as it can be read.
 #[derive(Clone, Debug, Default)]
 pub struct Run {
-    /// Its first line, if that can be read.
+    /// Its first line, if that line can be read.
     pub head: Option<Head>,
     /// Its saves, in the order in which they ended.
     pub saves: Vec<SaveLine>,
-    /// When the executor ended in order; None: it was killed, or is still alive.
+    /// When the executor ended in order. None: it was killed, or is still alive.
     pub closed: Option<u64>,
     /// Number of lines that could not be read.
     pub unread: u64,
@@ -227,7 +227,7 @@ impl Run {
                 return Ok(run);
             }
             if line.pop_if(|last| *last == b'\n').is_none() {
-                // The rest of a line that is too long; a line without an end was cut.
+                // This is the rest of a line that is too long, or a cut line without an end.
                 run.unread += 1;
                 from.skip_until(b'\n').map_err(failed)?;
                 continue;
@@ -242,7 +242,7 @@ impl Run {
     }
 }
 
-/// The logs of a root, oldest first; none if there is no directory of logs.
+/// Returns the logs of a root, oldest first. Empty if there is no directory of logs.
 ///
 /// # Errors
 /// An I/O error, with the path.

@@ -1,10 +1,10 @@
 //! The run log: a file of the root that gets one line for each save, off the path of saves.
 //!
-//! **Whole lines.** Each line is one write(2) to a file opened with O_APPEND; after a short write the next
-//! line begins on a line of its own.
-//! **Durability.** The log is never fsynced: a crash of the machine may lose its last lines, a killed process
+//! **Whole lines.** Each line is one write(2) to a file opened with O_APPEND. After a short write, the next
+//! entry starts on a new line.
+//! **Durability.** The log is never fsynced. A crash of the machine may lose its last lines; a killed process
 //! loses none.
-//! **Size.** A file ends at [`FILE_MAX`]; the oldest files of a root are deleted when there are more than
+//! **Size.** A file ends at [`FILE_MAX`]. The oldest files of a root are deleted when there are more than
 //! [`FILES_MAX`], or more than [`BYTES_MAX`] in all.
 
 use super::line::{Closed, DIRECTORY, EXTENSION, Entry, Head, SaveLine, runs};
@@ -15,30 +15,30 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-/// The size at which a log goes on in another file: about 15,000 saves.
+/// The size at which a log continues in another file: about 15,000 saves.
 const FILE_MAX: u64 = 4 << 20;
-/// The most files of a root.
+/// The maximum number of files of a root.
 const FILES_MAX: usize = 256;
-/// The most bytes of all files of a root, before another is begun.
+/// The maximum number of bytes of all files of a root, checked before another file is begun.
 const BYTES_MAX: u64 = 64 << 20;
 
-/// Says where the root is at present: it may be renamed.
+/// Returns the present path of the root, which may be renamed.
 pub(crate) type Root = Box<dyn Fn() -> Option<PathBuf> + Send>;
 
-/// See the module.
+/// The run log of one executor. See the module.
 pub(super) struct RunLog {
     root: Root,
     head: Head,
-    /// The file, and how long it is; None before the first save, and after an error.
+    /// The file and its length. None before the first save, and after an error.
     file: Option<(File, u64)>,
-    /// The last write was cut.
+    /// Whether the last write was cut.
     cut: bool,
-    /// A warning was logged.
+    /// Whether a warning was logged.
     warned: bool,
 }
 
 impl RunLog {
-    /// A log in `root`. No file is made before the first save has ended.
+    /// Makes a log in `root`. No file is created before the first save has ended.
     pub fn new(root: Root, head: Head) -> Self {
         Self { root, head, file: None, cut: false, warned: false }
     }
@@ -47,7 +47,7 @@ impl RunLog {
         self.write(&Entry::Save(Box::new(line.clone())));
     }
 
-    /// Ends the log of an executor that ends in order.
+    /// Writes the last line of an executor that ends in order.
     pub fn close(mut self) {
         if self.file.is_some() {
             self.write(&Entry::Closed(Closed { at: unix_micros(SystemTime::now()) }));
@@ -56,8 +56,8 @@ impl RunLog {
 
     fn write(&mut self, entry: &Entry) {
         if let Err(error) = self.try_write(entry) {
-            // The next line begins another file, because this one may be gone. A file that took half of a
-            // line takes the next one, too.
+            // The next line begins another file, because this one may be gone. A file that received half of a
+            // line receives the next line, too.
             if !self.cut {
                 self.file = None;
             }
@@ -77,7 +77,7 @@ impl RunLog {
         Ok(())
     }
 
-    /// Begins a file, after the oldest ones have made way.
+    /// Begins a file, after deleting the oldest files if there are too many.
     fn begin(&mut self) -> io::Result<File> {
         let root = (self.root)().ok_or(io::ErrorKind::NotFound)?;
         let directory = root.join(DIRECTORY);
@@ -88,7 +88,8 @@ impl RunLog {
         make_way(&root);
         let head = self.head.clone();
         let path = directory.join(format!("{:016}-{}-{:04}.{EXTENSION}", head.at, head.session, head.part));
-        // Before the open: a file whose first line fails stays, and the next one needs another name.
+        // This comes before the open: a file whose first line fails stays, and the next file needs another
+        // name.
         self.head.part += 1;
         let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
         let file = OpenOptions::new().append(true).create_new(true).custom_flags(flags).open(path)?;
@@ -98,7 +99,7 @@ impl RunLog {
     }
 }
 
-/// Deletes the oldest logs of a root, as far as there are too many.
+/// Deletes the oldest logs of a root while there are too many.
 fn make_way(root: &Path) {
     let logs = runs(root).unwrap_or_default();
     let length = |path: &PathBuf| path.symlink_metadata().map_or(0, |metadata| metadata.len());
@@ -113,7 +114,7 @@ fn make_way(root: &Path) {
     }
 }
 
-/// Writes a line by one call, and returns its length. `cut`: the line before it has no end.
+/// Writes a line in one call, and returns its length. `cut`: the line before it has no end.
 fn append(mut file: &File, entry: &Entry, cut: &mut bool) -> io::Result<u64> {
     let mut line = if *cut { b"\n".to_vec() } else { Vec::new() };
     serde_json::to_writer(&mut line, entry)?;

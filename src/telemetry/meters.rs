@@ -1,8 +1,9 @@
 //! Metrics of saves, restores and retention, for the recorder that the program has installed (feature
 //! `metrics`). `docs/observability.md` lists them.
 //!
-//! Handles are made when an executor is built, so the program installs its recorder before. Ages are given as
-//! times since 1970, so that they grow when the process is dead. No step, path or tensor is a label.
+//! Handles are made when an executor is built, so the program must install its recorder before that. Ages are
+//! given as times since 1970, so that they keep growing after the process has died. No step, path or tensor
+//! is a label.
 
 #[cfg(not(feature = "metrics"))]
 pub(crate) use off::*;
@@ -14,7 +15,7 @@ mod off {
     use crate::telemetry::{Sample, SaveLine};
     use std::time::Duration;
 
-    /// Nothing, without the feature.
+    /// Does nothing, because the feature is off.
     pub(crate) struct Meters;
 
     impl Meters {
@@ -169,7 +170,7 @@ mod on {
             failures.push((kind.to_owned(), counter));
         }
 
-        /// Sets the present state.
+        /// Sets the metrics of the present state.
         pub fn sample(&self, sample: &Sample) {
             self.arena.set(sample.arena as f64);
             self.arena_used.set(sample.arena_used as f64);
@@ -189,7 +190,7 @@ mod on {
         micros as f64 / 1e6
     }
 
-    /// Counts a call that read tensors. Restores need no executor, so the handles are looked up.
+    /// Counts a call that read tensors. Restores need no executor, so the handles are looked up in each call.
     pub(crate) fn restored(bytes: u64, took: Duration) {
         counter!("ashore_restored_bytes_total").increment(bytes);
         histogram!("ashore_restore_duration_seconds").record(took.as_secs_f64());

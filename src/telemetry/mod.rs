@@ -1,10 +1,10 @@
-//! What an executor tells of its saves: a line in the run log, metrics, and a trace.
+//! Reports of an executor about its saves: a line in the run log, metrics, and a trace.
 //!
-//! **Who writes.** The thread that ends a save leaves a [`SaveLine`] in a bounded queue; a thread of its own
+//! **Who writes.** The thread that ends a save puts a [`SaveLine`] into a bounded queue. The telemetry thread
 //! writes it. So neither a caller nor the stager touches storage or a recorder of the program.
-//! **Failure.** Nothing here can fail a save. A line that finds the queue full, because the disk hangs, is
+//! **Failure.** No error here can fail a save. A line that finds the queue full, because the disk hangs, is
 //! dropped and counted.
-//! **End.** [`Telemetry::close`] comes after the other threads of the executor have ended.
+//! **End.** [`Telemetry::close`] is called after the other threads of the executor have ended.
 
 mod line;
 mod log;
@@ -28,12 +28,12 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use trace::{BegunSave, TraceFile};
 
-/// The name of the thread.
+/// The name of the telemetry thread.
 pub(crate) const NAME: &str = "ashore-tell";
 
-/// Number of saves that may end while the thread writes the line of one.
+/// The number of saves that may end while the thread writes the line of one save.
 const QUEUE: usize = 256;
-/// The most spans of traces that wait in the queue: about 25 MB.
+/// The maximum number of spans of traces in the queue: about 25 MB.
 const SPANS_WAITING_MAX: usize = 1 << 18;
 /// How often the metrics of the present state are set.
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
@@ -42,42 +42,42 @@ const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(not(feature = "metrics"), expect(dead_code, reason = "only metrics read it"))]
 pub(crate) struct Sample {
-    /// Bytes of the arena, and how many of them chunks hold.
+    /// The bytes of the arena, and how many of them hold chunks.
     pub arena: u64,
     pub arena_used: u64,
-    /// The saves that have not ended.
+    /// The number of saves that have not ended.
     pub unfinished: usize,
-    /// When the oldest of them was called.
+    /// When the oldest of these saves was called.
     pub oldest: Option<Instant>,
 }
 
-/// See the module.
+/// The queue to the telemetry thread, and its counters. See the module.
 pub(crate) struct Telemetry {
     queue: Sender<Told>,
     told: Receiver<Told>,
-    /// Lines that found the queue full.
+    /// The number of lines that found the queue full.
     lost: AtomicU64,
-    /// Spans in the queue.
+    /// The number of spans in the queue.
     spans_waiting: AtomicUsize,
-    /// Spans that found no place in the queue, and are in no message's count.
+    /// The number of spans that found the queue full and that no message has counted yet.
     spans_lost: AtomicU64,
     closed: AtomicBool,
-    /// How many bytes of the arena chunks hold; set if saves are traced.
+    /// Returns how many bytes of the arena hold chunks. Set if saves are traced.
     arena: OnceLock<Arena>,
-    /// The trace is full, or cannot be written.
+    /// Whether the trace is full or cannot be written.
     trace_is_over: AtomicBool,
 }
 
-/// Tells how many bytes of the arena chunks hold.
+/// Returns how many bytes of the arena hold chunks.
 pub(crate) type Arena = Box<dyn Fn() -> u64 + Send + Sync>;
 
-/// What the thread is told.
+/// A message to the telemetry thread.
 enum Told {
     /// A save has begun, and is traced.
     Begun(BegunSave),
     /// A save has ended.
     Ended(Box<SaveLine>, Option<Box<EndedSave>>),
-    /// Something was done for a save of this step that has ended.
+    /// A thread worked for a save of this step that has ended already.
     Late(Box<(Span, Thread)>, u64),
     Closed,
 }
@@ -88,14 +88,14 @@ impl std::fmt::Debug for Telemetry {
     }
 }
 
-/// What the thread writes to.
+/// The destinations of the telemetry thread.
 pub(crate) struct Sinks {
-    /// The root of the run log and its first line; None: no run log.
+    /// The root of the run log and its first line. None: no run log.
     pub log: Option<(Root, Head)>,
     /// The label `store` of metrics.
     pub store: &'static str,
     pub engine: &'static str,
-    /// The file of the trace; None: no trace.
+    /// The file of the trace. None: no trace.
     pub trace: Option<TracePath>,
 }
 
@@ -114,7 +114,7 @@ impl Telemetry {
         }
     }
 
-    /// Traces later saves. Called once, at start.
+    /// Starts the tracing of later saves. Called once, at start.
     pub fn trace(&self, arena: Arena) {
         _ = self.arena.set(arena);
     }
@@ -124,25 +124,25 @@ impl Telemetry {
         static ID: AtomicU64 = AtomicU64::new(1);
         let arena = self.arena.get().filter(|_| !self.trace_is_over.load(Ordering::Relaxed))?;
         let id = ID.fetch_add(1, Ordering::Relaxed);
-        // Without this message the end of the save writes its begin, too.
+        // If this message is lost, the end of the save also writes its begin.
         self.leave(Told::Begun(BegunSave { id, step, at, arena: arena() }));
         Some(SaveTrace::new(id))
     }
 
-    /// The bytes of the arena that chunks hold.
+    /// Returns how many bytes of the arena hold chunks.
     pub fn arena_used(&self) -> u64 {
         self.arena.get().map_or(0, |arena| arena())
     }
 
-    /// Leaves a span that came after the end of its save.
+    /// Queues a span that arrived after the end of its save.
     pub fn late(&self, (span, thread): (Span, Thread), step: u64) {
         if !self.leave(Told::Late(Box::new((span, thread)), step)) {
             self.spans_lost.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// Leaves the line of a save that has ended. Never waits. Spans that find no place are counted as lost:
-    /// the storage of the trace may hang for as long as the training goes on.
+    /// Queues the line of a save that has ended. Never waits. Spans that find the queue full are counted as
+    /// lost: the storage of the trace may hang for the whole training.
     pub fn tell(&self, line: SaveLine, mut trace: Option<EndedSave>) {
         let mut spans = 0;
         if let Some(trace) = &mut trace {
@@ -160,7 +160,7 @@ impl Telemetry {
         }
     }
 
-    /// False if the queue is full.
+    /// Queues a message. False if the queue is full.
     fn leave(&self, told: Told) -> bool {
         self.closed.load(Ordering::Acquire) || !matches!(self.queue.try_send(told), Err(TrySendError::Full(_)))
     }
@@ -168,11 +168,11 @@ impl Telemetry {
     /// Lets the thread end once the queue is empty.
     pub fn close(&self) {
         self.closed.store(true, Ordering::Release);
-        // Wakes the thread. In a full queue there is something that does.
+        // This wakes the thread. A full queue wakes it anyway.
         _ = self.queue.try_send(Told::Closed);
     }
 
-    /// The body of the thread. `sample` reads the present state.
+    /// The body of the telemetry thread. `sample` reads the present state.
     pub fn run(&self, sinks: Sinks, signal: &Arc<Signal>, sample: impl Fn() -> Sample) {
         own_threads::mark(signal);
         let Sinks { log, store, engine, trace } = sinks;
@@ -219,12 +219,12 @@ impl Telemetry {
     }
 }
 
-/// Microseconds since 1970.
+/// Returns microseconds since 1970.
 pub(crate) fn unix_micros(time: SystemTime) -> u64 {
     micros(time.duration_since(UNIX_EPOCH).unwrap_or_default())
 }
 
-/// Nanoseconds since 1970.
+/// Returns nanoseconds since 1970.
 fn unix_nanos(time: SystemTime) -> u64 {
     u64::try_from(time.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos()).unwrap_or(u64::MAX)
 }

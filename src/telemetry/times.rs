@@ -1,9 +1,9 @@
-//! The times of one save, which its threads set as they pass.
+//! The times of one save. The threads that work for the save set them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// One time in nanoseconds: a moment since the call of `save`, or a sum. Zero: not set.
+/// One time in nanoseconds: a moment since the call of `save`, or a sum. Zero means that it is not set.
 #[derive(Debug, Default)]
 pub(crate) struct Time(AtomicU64);
 
@@ -33,7 +33,7 @@ fn nanos(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// See the module. Moments count from the call of `save`.
+/// The times of one save. See the module. Moments count from the call of `save`.
 #[derive(Debug, Default)]
 pub(crate) struct Times {
     /// How long the call of `save` lasted.
@@ -51,9 +51,10 @@ pub(crate) struct Times {
     /// When the first write began, and when the last one of a shard ended.
     pub write_at: Time,
     pub written: Time,
-    /// How long writers digested, all together; bytes that the copying thread digested do not count.
+    /// How long writers digested, summed over all writers. Bytes that the copying thread digested do not
+    /// count.
     pub digest: Time,
-    /// How long writers waited for the storage, all together.
+    /// How long writers waited for the storage, summed over all writers.
     pub write: Time,
     /// How often the save was tried again.
     pub tries: AtomicU64,

@@ -1,4 +1,4 @@
-//! The tiers behind the root of an executor: their take-over, and the end of their threads.
+//! The tiers behind the root of an executor: this module takes them over and ends their threads.
 
 use super::claim::Claim;
 use super::line::{Line, Mode, Ours, Standing, State};
@@ -20,29 +20,29 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
-/// How long after its deadline a shutdown waits for a promotion to see it.
+/// How long after its deadline a shutdown waits for a running promotion to notice that deadline.
 const CLOSE_GRACE: Duration = Duration::from_millis(500);
 
-/// The part that this process has. Ranks are of a session, which has this generation in the root.
+/// The role of this process. Ranks belong to a session, which has this generation in the root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Part {
-    /// It saves alone, and takes the root over with a session of its own.
+    /// The process saves alone, and takes the root over with a session of its own.
     Alone,
-    /// It is rank 0, which takes the tiers over and promotes.
+    /// The process is rank 0, which takes the tiers over and promotes.
     Leads { id: Uuid, generation: u64 },
-    /// It is another rank, which reads what rank 0 has taken over.
+    /// The process is another rank, which reads the tiers that rank 0 has taken over.
     Follows { id: Uuid, generation: u64 },
 }
 
-/// See the module.
+/// The tiers behind one root, as one process uses them. See the module.
 #[derive(Debug)]
 pub(crate) struct Behind {
     pub(super) part: Part,
     pub(super) session: Uuid,
-    /// Of the session in the root.
+    /// The generation of the session in the root.
     pub(super) generation: u64,
     pub(super) root: Arc<dyn Storage>,
-    /// Where the lineages are noted; None: the root is seen by no other process.
+    /// Where the lineages are noted. None: no other process sees the root.
     pub(super) shared: Option<Arc<dyn Shared>>,
     note: Mutex<Note>,
     pub(super) lines: Vec<Arc<Line>>,
@@ -50,14 +50,14 @@ pub(crate) struct Behind {
 }
 
 impl Behind {
-    /// Opens the tiers and takes them over; one that is away is tried again by its thread.
+    /// Opens the tiers and takes them over. Where a tier is away, its thread tries again.
     ///
     /// # Errors
-    /// `Invalid` for two tiers of one name, a tier that another executor of this process has, or a root that
-    /// is no path and no known URL; errors of the root.
+    /// `Invalid` for two tiers of one name, for a tier that another executor of this process has, or for a
+    /// root that is neither a path nor a known URL; errors of the root.
     pub fn new(root: Arc<dyn Storage>, note: Note, tiers: Vec<Tier>, part: Part) -> Result<Arc<Self>> {
         let behind = Self::over(root, note, tiers, part)?;
-        // Before the take-over of the root deletes the notes of earlier sessions.
+        // This comes before the take-over of the root, which deletes the notes of earlier sessions.
         behind.write_note();
         if let (Part::Alone, Some(shared)) = (part, &behind.shared) {
             shared.take_over(behind.generation)?;
@@ -77,13 +77,14 @@ impl Behind {
         }
         match part {
             Part::Alone => behind.write_note(),
-            // The other ranks read it.
+            // The other ranks read this note.
             Part::Leads { .. } | Part::Follows { .. } => behind.note()?,
         }
         Ok(Arc::new(behind))
     }
 
-    /// The tiers, none of which is opened yet. A process alone is recorded in the root as its newest session.
+    /// Makes the tiers, and opens none of them yet. A process alone is recorded in the root as its newest
+    /// session.
     pub(super) fn over(root: Arc<dyn Storage>, note: Note, tiers: Vec<Tier>, part: Part) -> Result<Self> {
         let session = match part {
             Part::Alone => Uuid::new_v4(),
@@ -93,7 +94,7 @@ impl Behind {
         for mut tier in tiers {
             tier.retention.check()?;
             let name: Arc<str> = tier.name().into();
-            // It is opened again when it was away, wherever the program works by then.
+            // The tier may be opened again later, when the program's working directory is another one.
             tier.root.make_absolute()?;
             if lines.iter().any(|line: &Arc<Line>| line.name == name) {
                 return Err(Error::invalid(format!("two tiers have one name tier={name:?}")));
@@ -135,9 +136,9 @@ impl Behind {
         self.lines.iter().filter(|_| self.promotes()).map(|line| line.name.clone())
     }
 
-    /// Takes a tier over, unless that is done or no longer possible. At the `start` of a session any found
-    /// session will do, because nothing was restored or saved yet. Later, a tier that another session took
-    /// over meanwhile is lost, and stays that session's: nothing is written to it.
+    /// Takes a tier over, unless that is done or no longer possible. At the `start` of a session, any session
+    /// found in the tier may be followed, because nothing was restored or saved yet. Later, a tier that
+    /// another session took over meanwhile is lost: it stays that session's, and nothing is written to it.
     ///
     /// # Errors
     /// Why the tier is away; `Conflict` if it is lost.
@@ -182,7 +183,7 @@ impl Behind {
         Ok(ours)
     }
 
-    /// The lineage that a take-over makes, and whether that goes on from the one before.
+    /// Returns the lineage that a take-over makes, and whether it continues the lineage before it.
     fn after(&self, line: &Line, look: &Looked) -> (Lineage, bool) {
         let before = lock(&line.state).lineage.clone();
         let note = lock(&self.note);
@@ -190,8 +191,8 @@ impl Behind {
         before.after(look, self.session, others)
     }
 
-    /// Records the session in a tier, after a note of what its lineage will be: `after`. Returns the
-    /// generation, the lineage, and whether that goes on from the one before.
+    /// Records the session in a tier, after a note of the lineage that results: `after`. Returns the
+    /// generation, the lineage, and whether it continues the lineage before it.
     fn record(&self, line: &Line, look: &Looked, after: (Lineage, bool)) -> Result<(u64, (Lineage, bool))> {
         let before = lock(&line.state).lineage.clone();
         lock(&line.state).lineage = before.before(&after, look, self.session);
@@ -200,20 +201,20 @@ impl Behind {
         if generation == look.next {
             return Ok((generation, after));
         }
-        // Another session was recorded at the same time, and this one after it, as the newest: it owns the
-        // tier, and promotes what it saves itself.
+        // Another session was recorded at the same time, and this session after it. So this session is the
+        // newest and owns the tier. It promotes the steps that it saves itself.
         let unknown = Looked { shared: None, found: Found::Unknown, next: generation };
         Ok((generation, (before.after(&unknown, self.session, std::iter::empty()).0, after.1)))
     }
 
-    /// A tier has failed with `error`: where it may be gone, as a mount may, it is opened and taken over
+    /// Handles the `error` of a tier. Where the tier may be gone, as a mount may, it is opened and taken over
     /// anew.
     pub(super) fn away(&self, line: &Line, error: &Error) {
         if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Unavailable | ErrorKind::Internal) {
             let mut state = lock(&line.state);
             if matches!(state.standing, Standing::Ours(_)) {
                 (state.standing, state.recorded) = (Standing::Away, None);
-                // It may be another one when it is back.
+                // The tier may be another one when it is back.
                 state.done.clear();
             }
         }
@@ -226,8 +227,8 @@ impl Behind {
         }
     }
 
-    /// Whether the ranks read a tier: those that rank 0 noted last. A process alone reads all that it
-    /// reaches.
+    /// Whether the ranks read a tier: they read the tiers that rank 0 noted last. A process alone reads every
+    /// tier that it reaches.
     pub(super) fn is_noted(&self, line: &Line) -> bool {
         !matches!(self.part, Part::Leads { .. }) || lock(&self.note).ours.contains(&*line.name)
     }
@@ -248,7 +249,7 @@ impl Behind {
         self.shared.as_ref().map_or(Ok(()), |shared| note.write(shared.as_ref(), self.generation))
     }
 
-    /// The save of `ticket` is durable as `name`, a step of the root or not.
+    /// Tells the tiers that the save of `ticket` is durable as `name`, which need not be a step of the root.
     pub fn durable(&self, ticket: &Ticket, name: Option<&str>) {
         let step = ticket.step;
         let promoted = name.is_some_and(|name| name == step_name(step));
@@ -279,8 +280,8 @@ impl Behind {
         }
     }
 
-    /// What an error of a save in the first tier means for the tiers: no save goes around a full first tier,
-    /// because its bytes are needed again, and the program may write them after the fence.
+    /// Returns what an error of a save in the first tier means for the tiers. A save never bypasses a full
+    /// first tier: promotion reads the bytes again, and the program may write its tensors after the fence.
     pub fn of_save(&self, why: Error) -> Error {
         if why.kind() != ErrorKind::NoSpace {
             return why;
@@ -299,12 +300,12 @@ impl Behind {
         full.with_source(why)
     }
 
-    /// From now on only the newest durable step is promoted.
+    /// Promotes only the newest durable step from this call on.
     pub fn only_newest(&self) {
         self.set_mode(Mode::Newest);
     }
 
-    /// All steps are promoted again.
+    /// Promotes all steps again.
     pub fn all_again(&self) {
         self.set_mode(Mode::All);
     }
@@ -312,7 +313,7 @@ impl Behind {
     fn set_mode(&self, mode: Mode) {
         for line in &self.lines {
             let mut state = lock(&line.state);
-            // SIGTERM may come in a shutdown, whose deadline stays.
+            // A SIGTERM may arrive during a shutdown, whose deadline stays.
             if !matches!((state.mode, mode), (Mode::Closing(_), Mode::Newest | Mode::All)) {
                 state.mode = mode;
             }
@@ -321,7 +322,7 @@ impl Behind {
         }
     }
 
-    /// Waits until every tier has `newest`, or never will have it, for at most `slice`.
+    /// Waits until every tier has the step `newest`, or will never have it, for at most `slice`.
     pub fn has_newest(&self, newest: u64, slice: Duration) -> bool {
         let deadline = deadline_after(slice);
         let has = |line: &Line| {
@@ -335,13 +336,13 @@ impl Behind {
         self.lines.iter().all(|line| line.moved.wait_until(deadline, || has(line)).is_some())
     }
 
-    /// What each tier to which this process promotes has and lacks.
+    /// Reports what each tier to which this process promotes has and lacks.
     pub fn report(&self) -> Vec<TierReport> {
         self.lines.iter().filter(|_| self.promotes()).map(|line| line.report()).collect()
     }
 
     /// Waits until no tier lacks a step that it wants, and ends the threads. A later call waits for threads
-    /// that are left.
+    /// that are still running.
     ///
     /// # Errors
     /// `Deadline`, naming tiers, roots and steps that were not promoted.
@@ -396,7 +397,7 @@ impl Hold for Behind {
             if line.unpromoted == Unpromoted::Warn || matches!(state.standing, Standing::Lost) {
                 continue;
             }
-            // Nothing is known yet of what a tier has that was never reached.
+            // The steps of a tier that was never reached are not known yet.
             let unknown = matches!(state.standing, Standing::Away);
             let lacks = |entry: &&Entry| {
                 let lacks = state.lacks.get(&entry.step) == Some(&entry.attempt);
@@ -434,7 +435,8 @@ mod tests {
     use super::*;
     use crate::storage::local::Local;
 
-    /// Both had lost it: the first to the second, and the second because the first was there.
+    /// Once, both sessions lost the tier: the first to the second, and the second because the first was
+    /// there.
     #[test]
     fn of_two_sessions_that_take_a_tier_over_at_the_same_time_the_later_one_owns_it() {
         let (root, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

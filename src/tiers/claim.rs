@@ -1,7 +1,7 @@
-//! Claims: each tier is of one executor of this process.
+//! Claims: each tier belongs to one executor of this process.
 //!
-//! A second take-over would end the promotions of the first executor. Of an own storage it is not known where
-//! it is: the same object is refused, and for others the sessions of the tier decide.
+//! A second take-over would end the promotions of the first executor. Where a program's own storage lies is
+//! not known: the same object is refused, and for different objects the sessions of the tier decide.
 
 use super::Root;
 use crate::error::{Error, Result};
@@ -9,15 +9,16 @@ use crate::storage;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// What is claimed, with the process that did: a child inherits the list, and none of the executors.
+/// The claimed places, each with the process that claimed it: a child process inherits the list, but no
+/// executor.
 static CLAIMED: Mutex<Vec<(u32, Place)>> = Mutex::new(Vec::new());
 
-/// What tells a tier from others.
+/// The identity of a tier, by which it differs from others.
 #[derive(Clone, Debug, PartialEq)]
 enum Place {
-    /// Of a path or a URL.
+    /// A tier at a path or a URL.
     Named(PathBuf),
-    /// The address of an own storage, which the tier keeps alive as long as its claim.
+    /// The address of a program's own storage, which the tier keeps alive as long as its claim.
     Object(usize),
 }
 

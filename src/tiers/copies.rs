@@ -1,8 +1,8 @@
-//! Reading over several tiers: which copy of which step counts, and which is nearest.
+//! Reading over several tiers: which copy of a step counts, and which copy is nearest.
 //!
-//! The first tier is nearest, then come the others in the order in which they were given. Where two tiers
-//! have different attempts at a step, the farthest one's counts, unless this session may replace it by its
-//! own.
+//! The first tier is nearest. The others follow in the order in which they were given. Where two tiers have
+//! different attempts at a step, the attempt of the farthest tier counts, unless this session may replace it
+//! by its own.
 
 use super::behind::Behind;
 use super::line::{Line, Ours};
@@ -30,8 +30,8 @@ impl Behind {
     /// The newest step that counts in any tier, from the nearest tier whose copy can be opened.
     ///
     /// # Errors
-    /// Errors of the first tier, and of the others if no step is found; the damage of a step of which no copy
-    /// is left is skipped, as [`Catalog::latest`] does.
+    /// Errors of the first tier, and of the others if no step is found. A damaged step of which no copy is
+    /// left is skipped, as in [`Catalog::latest`].
     pub fn latest(&self, first: &Catalog) -> Result<Option<Checkpoint>> {
         self.refresh()?;
         let ((steps, away), bad) = (self.steps(first)?, self.bad(first));
@@ -50,7 +50,7 @@ impl Behind {
         away.map_or(Ok(None), Err)
     }
 
-    /// The newest step of which some tier has a copy with all of its bytes, the nearest such copy, and the
+    /// The newest step of which some tier has a copy with all of its bytes: the nearest such copy, and the
     /// newer steps that were skipped.
     ///
     /// # Errors
@@ -98,12 +98,12 @@ impl Behind {
         first.bad().into_iter().chain(behind).collect()
     }
 
-    /// The tiers that this session has reached, and with several ranks those of them that rank 0 has noted.
+    /// The tiers that this session has reached. With several ranks, only those that rank 0 has noted.
     fn reached(&self) -> impl DoubleEndedIterator<Item = (&Line, Arc<Ours>)> {
         self.lines.iter().filter_map(|line| Some((line.as_ref(), line.ours().filter(|_| self.is_noted(line))?)))
     }
 
-    /// The numbers and names of steps in any tier, and why a tier could not be listed.
+    /// The numbers and names of steps in any tier, and the error if a tier could not be listed.
     fn steps(&self, first: &Catalog) -> Result<(BTreeMap<u64, String>, Option<Error>)> {
         let mut steps: BTreeMap<u64, String> = first.names()?.into_iter().collect();
         let mut away = None;
@@ -118,7 +118,7 @@ impl Behind {
                     let error = line.located("the steps of a tier are not known", &why);
                     if everywhere {
                         self.away(line, &why);
-                        // Another rank may reach the tier, and find a newer step.
+                        // Another rank may reach the tier and find a newer step.
                         return Err(error);
                     }
                     tracing::warn!(error = format_args!("{error:#}"), "a tier is left out: it may have a newer step");
@@ -129,12 +129,12 @@ impl Behind {
         Ok((steps, away))
     }
 
-    /// The first copy of the attempt that counts which `take` can use, nearest first.
+    /// The nearest copy that `take` can use, of the attempt that counts.
     fn nearest(&self, first: &Catalog, step: u64, take: impl Fn(Copy<'_>) -> Result<Checkpoint>) -> Result<Checkpoint> {
         if self.several() && self.promotes() {
             let gone = self.lines.iter().find(|line| line.ours().is_none() && self.is_noted(line));
             if let Some(line) = gone {
-                // The other ranks read what rank 0 has noted.
+                // The other ranks read the tiers that rank 0 has noted.
                 return Err(line.located("a tier that the ranks read is away", &line.state_error()).with_step(step));
             }
         }
@@ -145,7 +145,7 @@ impl Behind {
                 && self.several()
                 && !absent_or_bad(error)
             {
-                // Another rank may reach the copy, which may be another attempt.
+                // Another rank may reach the copy, and the copy may be another attempt.
                 self.away(line, error);
                 return Err(line.located("a step of a tier cannot be opened", error).with_step(step));
             }
@@ -180,8 +180,8 @@ impl Behind {
     /// The attempt that counts, if any copy can be opened.
     ///
     /// # Errors
-    /// `Conflict` for a step that the first tier alone has, and that is not of this session's lineage: the
-    /// job went on elsewhere.
+    /// `Conflict` for a step that only the first tier has, and whose session is not in this session's
+    /// lineage: the job continued elsewhere.
     fn counts(&self, step: u64, copies: &[Copy<'_>]) -> Result<Option<Attempt>> {
         let descends = |line: &Line, found: &Checkpoint| line.state().lineage.allows(found.manifest().session);
         let mut near = None;
@@ -220,7 +220,7 @@ impl Behind {
     }
 }
 
-/// Whether every process that reads a step would get this error.
+/// Whether every process that reads a step gets this error.
 fn absent_or_bad(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Conflict | ErrorKind::NotFound)
 }

@@ -1,11 +1,12 @@
 //! Copies one published step from a storage to another.
 //!
-//! **Protocol.** The copy is an attempt of the destination with the identity that the step has in the source:
-//! files, each compared with its digest on the way, then the manifest, then the destination's own publish.
-//! **Completion.** `Ok` means durable in the destination. A destination that has the attempt already is made
-//! durable and is done.
-//! **Crash.** The destination has the step whole or not at all; what a killed copy left is an attempt, which
-//! a sweep or the next session's take-over removes.
+//! **Protocol.** The copy is an attempt of the destination with the identity that the step has in the source.
+//! First every file is copied and compared with its digest on the way, then the manifest, then the
+//! destination publishes the attempt.
+//! **Completion.** `Ok` means durable in the destination. If the destination has the attempt already, it is
+//! only made durable.
+//! **Crash.** The destination has the whole step or none of it. A killed copy leaves an attempt, which a
+//! sweep or the next session's take-over removes.
 //! **Memory.** One buffer, of 8 MiB for files of up to 80 GB.
 
 use crate::checkpoint::{Checkpoint, Failure, replaceable};
@@ -22,11 +23,11 @@ use crate::storage::{FileReading, FileWriting, Storage, Sweep, Writing};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// The least bytes that are read, digested and written at once. Object stores take files in parts of this
-/// length.
+/// The minimum number of bytes that are read, digested and written at once. Object stores take files in parts
+/// of this length.
 const PART: u64 = 8 << 20;
 
-/// An object store takes at most so many parts of a file.
+/// The maximum number of parts of one file in an object store.
 const PARTS: u64 = 10_000;
 
 /// The result of [`copy`].
@@ -39,9 +40,9 @@ pub struct Copied {
     pub attempt: Attempt,
     /// The path of the copy.
     pub path: PathBuf,
-    /// The length of its files.
+    /// The total length of its files.
     pub bytes: u64,
-    /// The destination had the attempt before this call, and nothing was copied.
+    /// True if the destination had the attempt before this call. Nothing was copied then.
     pub already: bool,
 }
 
@@ -68,8 +69,8 @@ pub struct Copied {
 ///
 /// # Errors
 /// `Conflict` when the destination has another attempt at the step, or something that is no checkpoint, under
-/// the name: nothing is replaced. `Corrupt`, naming file and path, when bytes of the source are not what was
-/// written; nothing is published then. Otherwise errors of both storages.
+/// the name: nothing is replaced. `Corrupt`, naming file and path, when bytes of the source differ from what
+/// was written: nothing is published. Otherwise errors of both storages.
 pub fn copy(from: &Checkpoint, to: &Arc<dyn Storage>, progress: impl Fn(u64, u64)) -> Result<Copied> {
     let into = Into { to, owner: Owner::Caller, replaces: &|_| false };
     into.copy(from, &|done| {
@@ -78,31 +79,31 @@ pub fn copy(from: &Checkpoint, to: &Arc<dyn Storage>, progress: impl Fn(u64, u64
     })
 }
 
-/// In whose name a copy is written.
+/// On whose behalf a copy is written.
 pub(super) enum Owner<'a> {
-    /// The caller's, by the storage's own attempts.
+    /// The caller's: the copy is an attempt that the storage itself begins.
     Caller,
     /// A session's that has taken the destination over: no copy of an older session can be published.
     Session { shared: &'a dyn Shared, generation: u64 },
 }
 
-/// Where copies go.
+/// The destination of copies.
 pub(super) struct Into<'a> {
     pub to: &'a Arc<dyn Storage>,
     pub owner: Owner<'a>,
-    /// Whether a step with this attempt, which the destination has under the same name, is replaced.
+    /// Whether a copy replaces a step with this attempt, which the destination has under the same name.
     pub replaces: &'a dyn Fn(&Checkpoint) -> bool,
 }
 
 impl Into<'_> {
-    /// See [`copy`]. `go_on` is called with the bytes done before each part, and ends the copy by an error.
+    /// See [`copy`]. `go_on` is called with the bytes done before each part. Its error ends the copy.
     pub fn copy(&self, from: &Checkpoint, go_on: &dyn Fn(u64) -> Result<()>) -> Result<Copied> {
         let (step, attempt, name) = (from.step(), from.attempt(), from.name());
         let path = self.to.describe(name);
         let copied = |already| Copied { step, attempt, path: path.clone(), bytes: from.bytes(), already };
         let overwrite = match self.present(from)? {
             Present::Same => {
-                // What published it may have been killed before that was durable.
+                // The process that published the step may have been killed before the publish was durable.
                 self.to.confirm(name)?;
                 return Ok(copied(true));
             }
@@ -126,7 +127,7 @@ impl Into<'_> {
         }
     }
 
-    /// What the destination has under the name of the step.
+    /// Returns what the destination has under the name of the step.
     fn present(&self, from: &Checkpoint) -> Result<Present> {
         let conflict = |what: String| {
             let error = Error::new(ErrorKind::Conflict, what).with_step(from.step());
@@ -150,7 +151,7 @@ impl Into<'_> {
         }
     }
 
-    /// Begins the attempt. A dead process may have left one of this identity: a sweep removes it.
+    /// Begins the attempt. A dead process may have left an attempt of this identity: a sweep removes it.
     fn begin(&self, from: &Checkpoint, overwrite: bool) -> Result<Begun<'_>> {
         match self.try_begin(from, overwrite) {
             Err(error) if matches!(error.kind(), ErrorKind::Conflict | ErrorKind::Invalid | ErrorKind::Unavailable) => {
@@ -196,7 +197,7 @@ impl Begun<'_> {
 
     fn publish(&mut self, overwrite: bool) -> Result<()> {
         if let Self::Owned { writing, shared, generation } = self {
-            // From here on a newer session can only forbid the publish by having been recorded before it.
+            // From here on a newer session can forbid the publish only if it was recorded before this claim.
             writing.claim()?;
             check_newest(*shared, *generation)?;
         }
@@ -204,7 +205,7 @@ impl Begun<'_> {
     }
 }
 
-/// Looks whether the session of this generation still is the newest.
+/// Checks that the session of this generation is still the newest.
 ///
 /// # Errors
 /// `Conflict` if it is not.
@@ -244,7 +245,8 @@ fn write(from: &Checkpoint, to: &dyn Writing, go_on: &dyn Fn(u64) -> Result<()>)
         let file = opened.reading.open(name).map_err(locate(name))?;
         copies.push(pipe.file(file.as_ref(), name, *length).map_err(locate(name))?);
     }
-    // Digests in tables cover their pages, not their files: the tables are sound, and as they were copied.
+    // A table's digests cover its pages, not the file. So the pages are checked first. Then every table is
+    // read again and compared with its copy.
     if let Some((name, _)) = opened.index.damaged()?.first() {
         return Err(from.located(Error::corrupt("a table is not what was written")).with_path(from.path().join(name)));
     }
@@ -260,7 +262,7 @@ fn write(from: &Checkpoint, to: &dyn Writing, go_on: &dyn Fn(u64) -> Result<()>)
     to.put(MANIFEST, &manifest)
 }
 
-/// The bytes of the manifest, which says itself whether they are what was written.
+/// Returns the bytes of the manifest, which contains the digest of itself.
 fn manifest(from: &Checkpoint) -> Result<AlignedBuffer> {
     let file = from.opened.reading.open(MANIFEST)?;
     let no_memory = || Error::new(ErrorKind::Busy, format!("no memory for a manifest bytes={}", file.len()));
@@ -273,7 +275,7 @@ fn manifest(from: &Checkpoint) -> Result<AlignedBuffer> {
     Ok(bytes)
 }
 
-/// What bytes go through on their way.
+/// The buffer and the progress of a copy.
 struct Pipe<'a> {
     to: &'a dyn Writing,
     go_on: &'a dyn Fn(u64) -> Result<()>,
@@ -330,7 +332,7 @@ impl Pipe<'_> {
     }
 }
 
-/// How many bytes of a file of this length are copied at once.
+/// The number of bytes of a file of this length that are copied at once.
 fn part(length: u64) -> u64 {
     PART.max(length.div_ceil(PARTS)).next_multiple_of(ALIGNMENT as u64)
 }

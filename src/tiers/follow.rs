@@ -1,8 +1,8 @@
 //! Ranks other than rank 0: they read the tiers that rank 0 has taken over, and promote nothing.
 //!
-//! **Consistency.** All ranks have to find the same newest step. So a rank reads exactly the tiers that rank
-//! 0 has noted as taken over, by the lineages that it has noted; one that it cannot reach is an error, where
-//! a process alone leaves it out.
+//! **Consistency.** All ranks must find the same newest step. So a rank reads exactly the tiers that rank 0
+//! has noted as taken over, by the lineages in that note. A tier that the rank cannot reach is an error,
+//! where a process alone leaves the tier out.
 
 use super::behind::{Behind, Part};
 use super::line::{Line, Ours, Standing};
@@ -15,10 +15,10 @@ use crate::sync::lock;
 use std::sync::Arc;
 
 impl Behind {
-    /// The tiers as a rank other than rank 0 sees them, which has taken them over.
+    /// Makes the tiers that rank 0 has taken over, as another rank sees them.
     ///
     /// # Errors
-    /// `Invalid` if this rank does not see a tier of rank 0. One that does not answer is tried again when
+    /// `Invalid` if this rank does not see a tier of rank 0. A tier that does not answer is tried again when
     /// something is read.
     pub fn follow(root: Arc<dyn Storage>, tiers: Vec<Tier>, part: Part) -> Result<Arc<Self>> {
         let behind = Self::over(root, Note::default(), tiers, part)?;
@@ -35,10 +35,10 @@ impl Behind {
         self.part != Part::Alone
     }
 
-    /// Learns what rank 0 knows of the tiers, unless this process takes them over itself.
+    /// Reads the note of rank 0 about the tiers, unless this process takes them over itself.
     ///
     /// # Errors
-    /// `Invalid` if this rank does not see a tier of rank 0; why it cannot be reached.
+    /// `Invalid` if this rank does not see a tier of rank 0; the reason if a tier cannot be reached.
     pub(super) fn refresh(&self) -> Result<()> {
         let (Part::Follows { generation, .. }, Some(shared)) = (self.part, &self.shared) else { return Ok(()) };
         let mut note = Note::of(shared.as_ref(), generation)?;

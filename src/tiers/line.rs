@@ -1,6 +1,6 @@
-//! What is known of one tier: its standing, what it has and lacks, and who waits for it.
+//! The state of one tier: its standing, the steps that it has and lacks, and the saves that wait for it.
 //!
-//! **Locks.** The state is locked for a few instructions, never during a call of a storage; completions are
+//! **Locks.** The state is locked for a few instructions, never during a call of a storage. Completions are
 //! set after the lock is released.
 
 use super::claim::Claim;
@@ -22,7 +22,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// A tier, as its thread and the others see it.
+/// A tier, as its promotion thread and the other threads use it.
 #[derive(Debug)]
 pub(super) struct Line {
     pub name: Arc<str>,
@@ -32,33 +32,33 @@ pub(super) struct Line {
     pub unpromoted: Unpromoted,
     pub state: Mutex<State>,
     pub moved: Signal,
-    /// Of a tier that a path or a URL names, until the executor has ended or lost it.
+    /// The claim on a tier that a path or a URL names, until the executor has ended or lost the tier.
     pub claim: Mutex<Option<Claim>>,
 }
 
-/// What is known of a tier.
+/// The state of a tier.
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub standing: Standing,
-    /// The generation of the session in the tier, and its lineage, once it is recorded there.
+    /// The generation of the session in the tier, and its lineage, once the session is recorded there.
     pub recorded: Option<(u64, (Lineage, bool))>,
     pub lineage: Lineage,
-    /// Saves of this process that wait to be told, by attempt, with their step.
+    /// Saves of this process that wait for their promotion, by attempt, with their step.
     pub waiting: HashMap<Attempt, (u64, Promotion)>,
-    /// Steps of the root that the tier wants and does not have; a set that the last look found, and what was
-    /// saved since.
+    /// Steps of the root that the tier wants and does not have: those that the last look found, and those
+    /// that were saved since.
     pub lacks: BTreeMap<u64, Attempt>,
-    /// What was promoted by this process, or found in the tier, of the steps in the root.
+    /// Attempts at steps in the root that this process promoted or found in the tier.
     pub done: HashMap<Attempt, Promoted>,
     pub forks: BTreeSet<u64>,
-    /// Steps of the root that this session will not promote, though the tier has nothing under their names.
+    /// Steps of the root that this session will not promote, although the tier has no step of their names.
     pub never: BTreeSet<u64>,
     /// The step that is being copied.
     pub copying: Option<u64>,
     pub error: Option<Error>,
-    /// Whether that is an error of the tier, which may be away.
+    /// Whether the last error is one of the tier, which may be away.
     pub failing: bool,
-    /// Counts what was saved, so that the thread looks again.
+    /// The number of saves, so that the thread looks again after each.
     pub saved: u64,
     pub mode: Mode,
 }
@@ -81,7 +81,7 @@ pub(super) struct Ours {
     pub generation: u64,
 }
 
-/// Which steps are promoted, and for how long.
+/// Which steps are promoted, and until when.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Mode {
     #[default]
@@ -97,7 +97,7 @@ impl Line {
         lock(&self.state)
     }
 
-    /// What a promotion reports.
+    /// Returns the report of a promotion.
     pub fn promoted(&self, step: u64, attempt: Attempt, bytes: u64) -> Promoted {
         let path = self.place.join(step_name(step));
         Promoted { tier: self.name.to_string(), root: self.place.clone(), step, attempt, path, bytes }
@@ -116,10 +116,10 @@ impl Line {
         Error::new(ErrorKind::Conflict, format!("{why} tier={:?}", self.name)).with_path(&self.place)
     }
 
-    /// Looks whether the tier still is this session's.
+    /// Checks that the tier still belongs to this session.
     ///
     /// # Errors
-    /// `Conflict` if it is not, and it is lost then.
+    /// `Conflict` if it does not. The tier is lost then.
     pub fn check(&self, ours: &Ours) -> Result<()> {
         let Some(shared) = &ours.shared else { return Ok(()) };
         let checked = check_newest(shared.as_ref(), ours.generation);
@@ -131,7 +131,7 @@ impl Line {
         checked
     }
 
-    /// Another session owns the tier.
+    /// Marks the tier as lost: another session owns it.
     pub fn lose(&self, why: &Error) {
         let mut state = lock(&self.state);
         state.standing = Standing::Lost;
@@ -166,7 +166,7 @@ impl Line {
         lock(&self.state).waiting.keys().copied().collect()
     }
 
-    /// Tells the saves of these attempts that the first tier does not have them any more.
+    /// Tells the saves of these attempts that the first tier no longer has them.
     pub fn tell_gone(&self, which: impl Fn(Attempt) -> bool) {
         let what = "the step was deleted in the first tier, or marked bad, before it was promoted";
         self.tell_all(which, &Error::new(ErrorKind::Cancelled, what));
@@ -188,13 +188,13 @@ impl Line {
         }
     }
 
-    /// Why the tier is not this session's.
+    /// Returns why this session does not own the tier.
     pub fn state_error(&self) -> Error {
         let away = || Error::new(ErrorKind::Unavailable, "the tier was not reached yet").with_path(&self.place);
         lock(&self.state).error.clone().unwrap_or_else(away)
     }
 
-    /// What the tier has and lacks.
+    /// Reports what the tier has and lacks.
     pub fn report(&self) -> TierReport {
         let state = lock(&self.state);
         TierReport {

@@ -1,10 +1,10 @@
 //! Take-overs of a tier, and the lineage of sessions whose steps a session may promote.
 //!
-//! **Protocol.** A session is recorded in a tier as the newest before anything in it is listed. What the
-//! tier's newest session was before decides which steps of the root may be promoted: those of a node that
-//! comes back late are of a session that is not in the lineage.
-//! **Crash.** The lineage is a note beside the session in the root; where it is lost, the lineage begins anew
-//! with the session that the take-over found.
+//! **Protocol.** A session is recorded in a tier as the newest before anything in the tier is listed. The
+//! session that was the newest before decides which steps of the root may be promoted. Steps of a node that
+//! comes back late belong to a session that is not in the lineage.
+//! **Crash.** The lineage is a note beside the session in the root. Where the note is lost, the lineage
+//! begins anew with the session that the take-over found.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard;
@@ -23,10 +23,11 @@ const NOTE: &str = "tiers.json";
 /// Maximum length of the note.
 const MAX_NOTE: u64 = 16 << 20;
 
-/// How many sessions without a note are passed over.
+/// The maximum number of sessions without a note that a read skips.
 const MOST_UNNOTED: usize = 100;
 
-/// How many sessions of a lineage are noted: the steps of older ones are long promoted or deleted.
+/// The maximum number of sessions of a lineage in the note. Steps of older sessions were promoted or deleted
+/// long ago.
 const MOST: usize = 1000;
 
 /// The newest session of a storage.
@@ -35,16 +36,16 @@ pub(super) enum Found {
     /// No session had taken the storage over.
     Nothing,
     Session(Uuid),
-    /// It cannot be told which.
+    /// The storage has a newest session, but its identity cannot be read.
     Unknown,
 }
 
-/// What a look at a storage found before its take-over.
+/// The state of a storage before its take-over.
 pub(super) struct Looked {
     /// None: no other process sees the storage.
     pub shared: Option<Arc<dyn Shared>>,
     pub found: Found,
-    /// The generation of a session that is recorded now, if no other one is recorded before it.
+    /// The generation that a session recorded next gets, if no other session is recorded before it.
     pub next: u64,
 }
 
@@ -65,7 +66,7 @@ impl Looked {
     pub fn record(&self, session: Uuid) -> Result<u64> {
         let Some(shared) = &self.shared else { return Ok(self.next) };
         shared.open_session(&SessionRecord {
-            // A try that failed may have left something under its name.
+            // A failed try may have left something under the name of its session.
             session: Uuid::new_v4(),
             token: session.to_string(),
             host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
@@ -75,7 +76,7 @@ impl Looked {
     }
 }
 
-/// What is noted in a root of the tiers behind it.
+/// The note in a root about the tiers behind it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct Note {
@@ -85,13 +86,13 @@ pub(crate) struct Note {
 }
 
 impl Note {
-    /// The note of the newest session of a root. What cannot be read is as if there were none.
+    /// Reads the note of the newest session of a root. A note that cannot be read counts as absent.
     pub fn read(storage: &dyn Storage) -> Self {
         let read = || -> Result<Option<Vec<u8>>> {
             let Some(shared) = storage.shared() else { return Ok(None) };
             let Some((newest, _)) = shared.newest()? else { return Ok(None) };
-            // A session that died before it could write its own has done nothing in a tier, and has left the
-            // one before.
+            // A session that died before it could write its own note has done nothing in a tier. The note
+            // before it is still there.
             for generation in (1..=newest).rev().take(MOST_UNNOTED) {
                 match shared.note(generation, NOTE, MAX_NOTE) {
                     Ok(None) => {}
@@ -117,7 +118,7 @@ impl Note {
         serde_json::from_slice(bytes).map_err(|e| Error::corrupt("a note of the tiers is damaged").with_source(e))
     }
 
-    /// The note of the session `generation` of a root.
+    /// Reads the note of the session `generation` of a root.
     ///
     /// # Errors
     /// `Unavailable` if there is none: a newer session deletes it.
@@ -129,7 +130,8 @@ impl Note {
         Self::parse(&shared.note(generation, NOTE, MAX_NOTE)?.ok_or_else(none)?)
     }
 
-    /// Keeps the note of an older session for one that has done nothing yet. Best effort, as for every note.
+    /// Keeps the note of an older session for a session that has done nothing yet. Best effort, as all notes
+    /// are.
     pub(crate) fn keep(&self, shared: &dyn Shared, generation: u64) {
         if !self.tiers.is_empty() {
             let noted = Self { tiers: self.tiers.clone(), ours: BTreeSet::new() };
@@ -149,20 +151,20 @@ impl Note {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct Lineage {
-    /// Steps that name no session: those of before the root had tiers.
+    /// Whether steps that name no session may be promoted: they were written before the root had tiers.
     unmarked: bool,
-    /// Sessions of this root of which each was the newest of the tier when the next one took it over.
+    /// Sessions of this root. Each was the newest of the tier when the next one took the tier over.
     sessions: Vec<Uuid>,
-    /// Sessions of this root since then that did not reach the tier.
+    /// Later sessions of this root that did not reach the tier.
     pending: Vec<Uuid>,
-    /// A take-over that was about to be made.
+    /// A take-over that was about to happen.
     next: Option<Next>,
-    /// Attempts in the root that the tier has had: what it deleted of them is not promoted again.
+    /// Attempts in the root that the tier has had. An attempt that the tier deleted is not promoted again.
     pub had: HashSet<Attempt>,
 }
 
-/// The lineage that a take-over makes, noted before it: if the tier knows the session under this
-/// generation, it was made.
+/// The lineage that a take-over makes, noted before the take-over. If the tier knows the session under this
+/// generation, the take-over happened.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Next {
     generation: u64,
@@ -173,14 +175,15 @@ struct Next {
 }
 
 impl Lineage {
-    /// The lineage before the session has reached the tier.
+    /// Returns the lineage before the session has reached the tier.
     pub fn pending(mut self, session: Uuid) -> Self {
         self.pending.push(session);
         self
     }
 
-    /// The lineage, with what a take-over made of it that died before it could note that. False if that was
-    /// of `session` itself, and did not go on from the lineage of before.
+    /// Returns the lineage, with the effect of a take-over whose session died before it could note that
+    /// effect. The second value is false if that session is `session` itself and did not continue the earlier
+    /// lineage.
     fn settled(mut self, looked: &Looked, session: Uuid) -> (Self, bool) {
         let Some(next) = self.next.take() else { return (self, true) };
         if (next.generation + 1, Found::Session(next.session)) != (looked.next, looked.found) {
@@ -192,9 +195,8 @@ impl Lineage {
         (self, next.session != session || next.goes_on)
     }
 
-    /// The lineage of `session` if it takes the tier over now, and whether it goes on from the lineage of
-    /// before.
-    /// `others` are the lineages to other tiers, which count for a tier that is new.
+    /// Returns the lineage of `session` if it takes the tier over now, and whether it continues the earlier
+    /// lineage. `others` are the lineages of other tiers, which count for a tier that is new.
     pub fn after<'a>(&self, looked: &Looked, session: Uuid, others: impl Iterator<Item = &'a Self>) -> (Self, bool) {
         let (Self { unmarked, mut sessions, mut pending, had, .. }, settled) = self.clone().settled(looked, session);
         pending.retain(|other| *other != session);
@@ -203,11 +205,11 @@ impl Lineage {
             Found::Nothing => {
                 sessions.append(&mut pending);
                 sessions.splice(0..0, others.flat_map(|lineage| lineage.sessions.iter().copied()));
-                // What an earlier tier of this name had is not in this one.
+                // The attempts that an earlier tier of this name had are not in this tier.
                 (unmarked, had) = (true, HashSet::new());
             }
             Found::Session(newest) if sessions.last() == Some(&newest) => sessions.append(&mut pending),
-            // The steps of the newest session of a tier are never a fork in it.
+            // In a tier, the steps of the tier's newest session are never a fork.
             Found::Session(newest) => (sessions, unmarked, goes_on) = (vec![newest], false, false),
             Found::Unknown => (sessions, unmarked, goes_on) = (Vec::new(), false, false),
         }
@@ -217,7 +219,7 @@ impl Lineage {
         (Self { unmarked, sessions, pending: Vec::new(), next: None, had }.short(), goes_on)
     }
 
-    /// This lineage, with the one that a take-over is about to make of it.
+    /// Returns this lineage, together with the lineage that a take-over is about to make.
     pub fn before(&self, after: &(Self, bool), looked: &Looked, session: Uuid) -> Self {
         let (Self { unmarked, sessions, .. }, goes_on) = after;
         let next = Next {
@@ -227,7 +229,7 @@ impl Lineage {
             sessions: sessions.clone(),
             goes_on: *goes_on,
         };
-        // An older one stays if it was made.
+        // A noted take-over stays in the lineage if it happened.
         let (mut lineage, _) = self.clone().settled(looked, session);
         lineage.next = Some(next);
         lineage
@@ -239,8 +241,8 @@ impl Lineage {
         self
     }
 
-    /// Whether a step of this session in the tier may be replaced. What names no session was there before the
-    /// tier, or is of another root.
+    /// Whether a step of this session in the tier may be replaced. A step that names no session was there
+    /// before the tier, or belongs to another root.
     pub fn replaces(&self, session: Option<Uuid>) -> bool {
         session.is_some_and(|session| self.sessions.contains(&session))
     }
@@ -280,7 +282,7 @@ mod tests {
         assert!(lineage.allows(None) && lineage.allows(Some(one)) && !lineage.allows(Some(other)));
         let (own, goes_on) = lineage.clone().pending(two).after(&looked(Found::Session(one), 2), two, none());
         assert!(goes_on && own.allows(Some(one)) && own.allows(None));
-        // Another node took the tier over in between: what this root wrote before is a fork.
+        // Another node took the tier over in between. So the steps that this root wrote before are a fork.
         let (late, goes_on) = lineage.clone().pending(two).after(&looked(Found::Session(other), 3), two, none());
         assert!(!goes_on && !late.allows(Some(one)) && !late.allows(None) && late.allows(Some(two)));
         let (late, _) = late.pending(three).after(&looked(Found::Session(two), 4), three, none());
@@ -306,13 +308,13 @@ mod tests {
         for (found, next, linked) in [(Found::Session(one), 2, true), (Found::Session(other), 3, false)] {
             let look = looked(found, next);
             let noted = pending.before(&pending.after(&look, died, none()), &look, died).pending(back);
-            // The tier knows it.
+            // The tier knows the session.
             let (after, _) = noted.after(&looked(Found::Session(died), next + 1), back, none());
             assert!(after.allows(Some(died)) && after.allows(Some(one)) == linked, "{found:?}");
-            // It was not recorded.
+            // The session was not recorded.
             let (after, goes_on) = noted.after(&look, back, none());
             assert!(goes_on == linked && after.allows(Some(died)) == linked);
-            // Another one was recorded before it, and it after that.
+            // Another session was recorded before it, and it was recorded after that one.
             let (after, _) = noted.after(&looked(Found::Session(died), next + 2), back, none());
             assert!(after.allows(Some(died)) && !after.allows(Some(one)));
         }

@@ -1,12 +1,12 @@
 //! Tiers: roots behind the executor's own, to which durable steps are copied.
 //!
-//! **Protocol.** A save is durable in the first tier when its own future says so, and in a tier behind it
-//! when [`Save::durable_in`](crate::Save::durable_in) says so: two futures, never one answer for both. A
-//! promotion thread for each tier copies durable steps, newest first, as the same attempts.
-//! **Completion.** A promotion is told after the tier's own publish is durable.
-//! **Crash.** What is promoted is not recorded: the next session compares the steps of the root with those of
-//! the tier.
-//! **Cancellation.** A shutdown waits for promotions until its deadline and names the steps that a tier does
+//! **Protocol.** The future of a save says when the save is durable in the first tier.
+//! [`Save::durable_in`](crate::Save::durable_in) returns another future for a tier behind it. For each tier,
+//! a promotion thread copies durable steps, newest first, as the same attempts.
+//! **Completion.** A promotion is reported after the tier's own publish is durable.
+//! **Crash.** The set of promoted steps is not recorded: the next session compares the steps of the root with
+//! those of the tier.
+//! **Cancellation.** A shutdown waits for promotions until its deadline, and names the steps that a tier does
 //! not have.
 
 mod behind;
@@ -51,7 +51,7 @@ use std::sync::Arc;
 /// # Ok::<(), ashore::Error>(())
 /// ```
 ///
-/// As JSON, for interfaces of other languages: an object with `root`, and as needed `name`, `keep_last`,
+/// As JSON, for interfaces of other languages: an object with `root`, and optionally `name`, `keep_last`,
 /// `keep_every` and `unpromoted`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(from = "Given")]
@@ -88,7 +88,7 @@ enum Root {
 }
 
 impl Root {
-    /// Where it is, for messages.
+    /// The location of the tier, for messages.
     fn place(&self) -> PathBuf {
         match self {
             Self::At(root) => root.into(),
@@ -98,53 +98,53 @@ impl Root {
 }
 
 impl Tier {
-    /// A tier at `root`: a directory, such as one of another host or in `/dev/shm`, or the URL of an object
-    /// store. Its name is `root`.
+    /// Makes a tier at `root`: a directory, such as one of another host or in `/dev/shm`, or the URL of an
+    /// object store. Its name is `root`.
     pub fn at(root: impl Into<String>) -> Self {
         Self { name: None, root: Root::At(root.into()), retention: Retention::default(), unpromoted: Unpromoted::Warn }
     }
 
-    /// A tier in `storage`.
+    /// Makes a tier in `storage`.
     pub fn over(name: impl Into<String>, storage: Arc<dyn Storage>) -> Self {
         let (name, root) = (Some(name.into()), Root::Over(storage));
         Self { name, root, retention: Retention::default(), unpromoted: Unpromoted::Warn }
     }
 
-    /// Sets its name, which futures, reports and errors use. The lineage of sessions is noted under it: a
-    /// tier that gets another name is a new one.
+    /// Sets the name of the tier, which futures, reports and errors use. The lineage of sessions is noted
+    /// under this name: a tier that gets another name is a new tier.
     pub fn named(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// Number of newest steps that the tier keeps; older ones are deleted after a promotion. The default
+    /// Sets how many newest steps the tier keeps. Older steps are deleted after a promotion. The default
     /// keeps all.
     pub fn keep_last(mut self, count: usize) -> Self {
         self.retention.keep_last = Some(count);
         self
     }
 
-    /// Keeps every step that is a multiple of this, beyond `keep_last`, without which it is refused.
+    /// Keeps every step that is a multiple of `every`, beyond `keep_last`. It is refused without `keep_last`.
     pub fn keep_every(mut self, every: u64) -> Self {
         self.retention.keep_every = Some(every);
         self
     }
 
-    /// What retention of the first tier does with a step that this tier wants and does not have: by default
-    /// it deletes the step and warns.
+    /// Sets what retention of the first tier does with a step that this tier wants and does not have. By
+    /// default, retention deletes the step and warns.
     pub fn unpromoted(mut self, unpromoted: Unpromoted) -> Self {
         self.unpromoted = unpromoted;
         self
     }
 
-    /// The tier that the settings name, if they do.
+    /// Returns the tier that the settings name, if they name one.
     pub(crate) fn of(settings: &Settings) -> Option<Self> {
         let retention = Retention { keep_last: settings.tier_keep_last, keep_every: None };
         let root = Root::At(settings.tier.clone()?);
         Some(Self { name: None, root, retention, unpromoted: settings.unpromoted })
     }
 
-    /// The names of tiers, in their order, for comparison.
+    /// Returns the names of tiers, in their order, for comparison.
     pub(crate) fn names(tiers: &[Self]) -> String {
         format!("{:?}", tiers.iter().map(Self::name).collect::<Vec<_>>())
     }
@@ -170,7 +170,7 @@ impl Root {
     }
 }
 
-/// Opens the storage of a tier; its directory is made if it is missing.
+/// Opens the storage of a tier, and creates a missing directory.
 fn open(root: &Root) -> Result<Arc<dyn Storage>> {
     match root {
         Root::Over(storage) => Ok(storage.clone()),
@@ -183,12 +183,12 @@ fn open(root: &Root) -> Result<Arc<dyn Storage>> {
 #[non_exhaustive]
 pub enum TierState {
     /// The session has not reached the tier yet, or the tier does not answer at present. Steps are promoted
-    /// when it does.
+    /// when the tier answers.
     Away,
     /// The session has taken the tier over.
     Ours,
-    /// Another session has taken the tier over, or had written to it before this one reached it. Nothing is
-    /// promoted any more: saves go on in the first tier.
+    /// Another session has taken the tier over, or had written to it before this session reached it. Nothing
+    /// more is promoted. Saves continue in the first tier.
     Lost,
 }
 
@@ -204,11 +204,11 @@ pub struct TierReport {
     pub state: TierState,
     /// The newest step of this root that is durable in the tier.
     pub newest: Option<u64>,
-    /// Steps of the first tier that it wants and does not have, oldest first.
+    /// Steps of the first tier that this tier wants and does not have, oldest first.
     pub lacks: Vec<u64>,
-    /// Steps of which the tier has another attempt, by a session that is not in this one's lineage, oldest
-    /// first. The tier's count.
+    /// Steps of which the tier has another attempt, by a session that is not in this session's lineage,
+    /// oldest first. The tier's attempts count.
     pub forks: Vec<u64>,
-    /// Why the last promotion failed, if nothing was promoted since.
+    /// Why the last promotion failed. None after a later promotion.
     pub error: Option<Error>,
 }

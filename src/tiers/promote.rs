@@ -1,5 +1,5 @@
-//! The thread that promotes: compares the steps of the root with those of its tier, and copies what the tier
-//! lacks, newest first.
+//! The promotion thread: it compares the steps of the root with those of its tier, and copies the steps that
+//! the tier lacks, newest first.
 
 use super::behind::Behind;
 use super::copy::{Into, Owner};
@@ -19,11 +19,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
-/// How long the thread waits after an error, and at most after many.
+/// How long the thread waits after one error, and at most after many.
 const BACKOFF: Duration = Duration::from_millis(200);
 const MOST_BACKOFF: Duration = Duration::from_secs(60);
 
-/// How often the thread looks for steps without being told, such as those that another process put into the
+/// How often the thread looks for steps without being told. Another process may have put such steps into the
 /// root.
 const LOOK: Duration = Duration::from_secs(300);
 
@@ -40,16 +40,16 @@ impl Written {
     }
 }
 
-/// What one look ended with.
+/// The result of one look.
 enum Looked {
     /// A step was promoted: look again at once.
     Promoted,
-    /// The tier lacks nothing that it can get.
+    /// The tier lacks nothing that this session can promote.
     Done,
 }
 
 impl Behind {
-    /// Starts the threads, which promote the steps of `catalog`.
+    /// Starts the threads that promote the steps of `catalog`.
     pub fn start(self: &Arc<Self>, catalog: &Arc<Catalog>, executor: &Arc<Signal>) -> Result<()> {
         for line in &self.lines {
             let (behind, line, catalog, executor) = (self.clone(), line.clone(), catalog.clone(), executor.clone());
@@ -73,7 +73,7 @@ fn run(behind: &Arc<Behind>, line: &Arc<Line>, catalog: &Catalog, executor: &Arc
             (state.saved, state.mode)
         };
         let looked = guarded("a storage panicked during a promotion", || promoter.look());
-        // After an error the thread waits, whatever is saved meanwhile.
+        // After an error the thread waits, even if more steps are saved meanwhile.
         let (until, patient) = match looked {
             Ok(Looked::Promoted) => {
                 backoff = BACKOFF;
@@ -105,7 +105,7 @@ fn run(behind: &Arc<Behind>, line: &Arc<Line>, catalog: &Catalog, executor: &Arc
     }
 }
 
-/// A time between a half and one and a half of `wait`.
+/// Returns a time between a half and one and a half of `wait`.
 fn jittered(wait: Duration) -> Duration {
     let random = Uuid::new_v4().as_u128() as u8;
     wait / 2 + wait * u32::from(random) / 255
@@ -115,17 +115,16 @@ struct Promoter<'a> {
     behind: &'a Behind,
     line: &'a Line,
     catalog: &'a Catalog,
-    /// What is under the names of steps in the tier, which this session alone writes.
+    /// The steps in the tier, by name. Only this session writes them.
     there: HashMap<String, Written>,
     /// The newest durable steps of the root, by number and by time, which the tier always wants.
     newest: BTreeSet<u64>,
-    /// Attempts that cannot be promoted: damaged ones, and those under whose name the tier has something
-    /// else.
+    /// Attempts that cannot be promoted: they are damaged, or the tier has something else under their names.
     refused: HashMap<Attempt, Error>,
 }
 
 impl Promoter<'_> {
-    /// Compares, and promotes what the tier lacks, newest first, until a newer step is saved.
+    /// Compares, and promotes the steps that the tier lacks, newest first, until a newer step is saved.
     fn look(&mut self) -> Result<Looked> {
         let before = {
             let state = self.line.state();
@@ -148,7 +147,7 @@ impl Promoter<'_> {
             reached => reached?,
         };
         self.line.check(&ours)?;
-        // What is waited for was published before the list.
+        // A save that waits here was published before the root is listed.
         let waited = self.line.waiting();
         let lacked = self.line.state().lacks.clone();
         let local = self.local()?;
@@ -157,13 +156,13 @@ impl Promoter<'_> {
         self.survey(&ours)?;
         let todo = self.choose(&local, &lacked);
         if todo.is_empty() {
-            // A step that is refused stays in what the tier lacks, with its error.
+            // A refused step stays among the steps that the tier lacks, with its error.
             let refused = local.values().rev().find_map(|written| self.refused.get(&written.attempt));
             let mut state = self.line.state();
             (state.error, state.failing) = (refused.cloned(), false);
             return Ok(Looked::Done);
         }
-        // Where the tier keeps all, what it wants does not change by what it gets.
+        // Where the tier keeps all steps, a promotion does not change which steps it wants.
         let most = if self.line.retention.is_unlimited() { todo.len() } else { 1 };
         for (step, written) in todo.into_iter().take(most) {
             self.attempt(&ours, step, written)?;
@@ -175,7 +174,7 @@ impl Promoter<'_> {
         Ok(Looked::Promoted)
     }
 
-    /// Promotes one step. An error that concerns this step alone is told to its save.
+    /// Promotes one step. An error that concerns only this step is reported to its save.
     fn attempt(&mut self, ours: &Ours, step: u64, written: Written) -> Result<()> {
         self.line.state().copying = Some(step);
         let promoted = self.promote(ours, step, written);
@@ -197,7 +196,7 @@ impl Promoter<'_> {
                 self.line.moved.notify();
                 Ok(())
             }
-            // Retention has deleted it.
+            // Retention has deleted the step.
             Err(error) if error.kind() == ErrorKind::NotFound && self.catalog.checkpoint(step).is_err() => Ok(()),
             // A newer step was saved, and the process is about to end.
             Err(error) if error.kind() == ErrorKind::Cancelled => Ok(()),
@@ -205,7 +204,7 @@ impl Promoter<'_> {
         }
     }
 
-    /// The durable steps of the root, under the names that this library gives, without those that are marked
+    /// The durable steps of the root under the names that this library gives, except those that are marked
     /// bad.
     fn local(&mut self) -> Result<BTreeMap<u64, Written>> {
         let (mut found, bad) = (BTreeMap::new(), self.catalog.bad());
@@ -232,7 +231,7 @@ impl Promoter<'_> {
         Ok(found)
     }
 
-    /// Learns which attempts the tier has.
+    /// Reads which attempts the tier has.
     fn survey(&mut self, ours: &Ours) -> Result<()> {
         let failed = |error: Error| self.line.located("a tier cannot be listed", &error);
         let names: BTreeSet<String> = ours.storage.list().map_err(failed)?.into_iter().collect();
@@ -246,7 +245,7 @@ impl Promoter<'_> {
                 Err(failure) => {
                     let damaged = failure.is_damage();
                     let error = failure.into_error();
-                    // A damaged copy is replaced, and anything else makes its own promotion fail.
+                    // A damaged copy is replaced. The promotion of any other such step fails by itself.
                     if !damaged
                         && !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Corrupt | ErrorKind::Conflict)
                     {
@@ -258,8 +257,8 @@ impl Promoter<'_> {
         Ok(())
     }
 
-    /// The steps that the tier wants and lacks, of those that this session may promote, newest first.
-    /// `lacked` is what it was known to lack before `local` was listed.
+    /// Returns the steps that the tier wants and lacks, and that this session may promote, newest first.
+    /// `lacked` holds the steps that the tier was known to lack before `local` was listed.
     fn choose(&mut self, local: &BTreeMap<u64, Written>, lacked: &BTreeMap<u64, Attempt>) -> Vec<(u64, Written)> {
         let (mut lacks, mut forks, mut found) = (BTreeMap::new(), BTreeSet::new(), Vec::new());
         let number = |name: &String| parse_step_name(name).filter(|step| step_name(*step) == *name);
@@ -276,7 +275,7 @@ impl Promoter<'_> {
                 found.push((step, written.attempt));
                 continue;
             }
-            // Another attempt of the lineage is an overwrite of this job's own.
+            // Another attempt of the lineage is an overwrite by this job itself.
             if there
                 .is_some_and(|there| !state.lineage.replaces(there.session) || !state.lineage.allows(written.session))
             {
@@ -306,7 +305,7 @@ impl Promoter<'_> {
         }
         let new: Vec<u64> = forks.difference(&state.forks).copied().collect();
         state.forks = forks;
-        // What was saved since the list is not in it.
+        // Steps saved since the listing are not in it.
         let mut since = std::mem::take(&mut state.lacks);
         since.retain(|step, attempt| lacked.get(step) != Some(attempt) && !attempts.contains(attempt));
         never.retain(|step| !since.contains_key(step));
@@ -354,8 +353,8 @@ impl Promoter<'_> {
         let (tier, bytes, took) = (&*self.line.name, copied.bytes, began.elapsed());
         tracing::info!(step, tier, path = %copied.path.display(), bytes, ?took, "a step was promoted");
         if !self.line.retention.is_unlimited() {
-            // It retries after the next promotion.
-            // By number alone: steps are promoted newest first, so the one written last says nothing.
+            // Pruning is retried after the next promotion. It chooses by number alone: steps are promoted
+            // newest first, so the time of writing says nothing.
             let prune = || {
                 let marks = self.catalog.marks()?;
                 let kept = |entry: &&Entry| {
@@ -392,7 +391,7 @@ impl Promoter<'_> {
     }
 
     fn failed(&mut self, error: &Error, wait: Duration) {
-        // An error of the first tier says nothing of this one.
+        // An error of the first tier says nothing about this tier.
         let first = error
             .path()
             .is_some_and(|path| path.starts_with(self.behind.root.describe("")) && !path.starts_with(&self.line.place));

@@ -1,10 +1,11 @@
-//! Files of an older step, for a save that has the same bytes.
+//! Files of an older step, for a save with unchanged bytes.
 //!
-//! **Consistency.** A chunk that is as predicted is not written. When all chunks of a shard are, the older
-//! file becomes the shard: cloned, or linked. Where the storage refuses, and where another chunk of the shard
-//! has changed, the chunks that were not written are copied from the older file, which is the only place that
-//! has them: the sources may be gone.
-//! **Failure.** An older file that is not what was written fails the save; the next one writes the file anew.
+//! **Consistency.** A chunk that is as predicted is not written. When all chunks of a shard are as predicted,
+//! the older file becomes the shard: cloned, or linked. Where the storage refuses that, and where another
+//! chunk of the shard has changed, the chunks that were not written are copied from the older file. Only the
+//! older file has them: the sources may be gone.
+//! **Failure.** An older file whose bytes differ from what was written fails the save. The next save writes
+//! the file anew.
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
@@ -18,30 +19,30 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-/// What an older step of the same plan has.
+/// The files of an older step of the same plan.
 #[derive(Debug)]
 pub(crate) struct Older {
     pub prediction: Arc<Prediction>,
-    /// Of each shard that is predicted to be unchanged, its file.
+    /// For each shard that is predicted to be unchanged, its older file.
     pub files: Vec<Option<Arc<OlderFile>>>,
 }
 
-/// A file of an older step, which is durable.
+/// A durable file of an older step.
 #[derive(Debug)]
 pub(crate) struct OlderFile {
-    /// It stays readable when the step is pruned.
+    /// The open file, which stays readable after the step is pruned.
     pub reading: Arc<dyn FileReading>,
-    /// What its step says of it. The origin is the step and attempt that its header names.
+    /// The row of the file in its step. The origin is the step and attempt in the file's header.
     pub filled: FilledFile,
-    /// Saves since its bytes were written, and when that was.
+    /// The number of saves since its bytes were written, and the time of that write.
     pub saves: u32,
     pub written: Instant,
-    /// Its bytes were found to be others than those that were written. All who share them know it.
+    /// Set when its bytes were found to differ from what was written. All owners of the flag see that.
     pub damaged: Arc<AtomicBool>,
 }
 
 impl Older {
-    /// The file to adopt for a shard.
+    /// Returns the file to adopt for a shard.
     pub fn file(&self, shard: usize) -> Result<&Arc<OlderFile>> {
         let file = self.files.get(shard).and_then(Option::as_ref);
         file.ok_or_else(|| Error::internal("a shard is predicted to be unchanged and has no older file"))
@@ -49,7 +50,7 @@ impl Older {
 }
 
 impl OlderFile {
-    /// Makes a shard of a save, no chunk of which was written, out of the file.
+    /// Makes a shard of a save out of the file. No chunk of that shard was written.
     pub(super) fn adopt(&self, request: &Request, shard: usize, attempt: &dyn Writing) -> Result<Adopted> {
         if self.damaged.load(Ordering::Acquire) {
             return Ok(Adopted::Refused("it is damaged".into()));
@@ -67,7 +68,7 @@ impl OlderFile {
         Ok(adopted)
     }
 
-    /// Copies a chunk of a save that was not written from the file, through `bytes`.
+    /// Copies a chunk that the save did not write from the file, through `bytes`.
     pub(super) fn copy(
         &self,
         request: &Request,

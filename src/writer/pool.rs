@@ -20,8 +20,8 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
-    /// Starts `writers` threads over a channel of capacity `slabs`: there are never more chunks, so sending
-    /// never blocks.
+    /// Starts `writers` threads over a channel of capacity `slabs`. Sending never blocks, because there are
+    /// never more chunks than slabs.
     ///
     /// # Errors
     /// `Busy` if the system has no more threads.
@@ -42,7 +42,7 @@ impl Pool {
         Ok(Self { work, threads })
     }
 
-    /// The sending end, for tasks.
+    /// Returns the sending end of the channel, for tasks.
     pub fn sender(&self) -> Sender<Work> {
         self.work.clone()
     }

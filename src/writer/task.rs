@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-/// What the channel to the writers carries: a chunk and the save that it is part of.
+/// A message to the writers: a chunk and its save.
 pub(crate) type Work = (Arc<Task>, Chunk);
 
 /// Begins the attempt of a save in storage.
@@ -24,7 +24,7 @@ pub(crate) trait Begin: Send + Sync + std::fmt::Debug {
     fn begin(&self, request: &Request) -> Result<Arc<dyn Writing>>;
 }
 
-/// What is kept of a save for a retry.
+/// The state that a save keeps for a retry.
 #[derive(Debug)]
 pub(crate) struct RetryState {
     pub state: StateDict<'static>,
@@ -40,7 +40,7 @@ impl Drop for RetryState {
     }
 }
 
-/// See the module.
+/// A save in the hands of the writers. See the module.
 #[derive(Debug)]
 pub(crate) struct Task {
     pub request: Request,
@@ -63,7 +63,7 @@ pub(crate) struct Task {
 struct Receipt {
     segments: Vec<Digest>,
     whole: Digest,
-    /// It is as predicted, and was not written.
+    /// True if the chunk is as predicted and was not written.
     unchanged: bool,
 }
 
@@ -71,12 +71,13 @@ struct Receipt {
 struct Shard {
     file: OnceLock<Result<Arc<dyn FileWriting>>>,
     chunks_left: AtomicUsize,
-    /// Set once it is durable.
+    /// Set once the shard is durable.
     sealed: OnceLock<Made>,
 }
 
 impl Task {
-    /// A task whose chunks go to the writers through `work`. `ended` receives it when its last chunk is done.
+    /// Makes a task whose chunks go to the writers through `work`. `ended` receives the task when its last
+    /// chunk is done.
     pub fn new(
         request: Request,
         kept: Option<RetryState>,
@@ -102,14 +103,14 @@ impl Task {
         }
     }
 
-    /// The task of another attempt at the same save, which writes everything.
+    /// Makes the task of another attempt at the same save. That attempt writes everything.
     pub fn again(&self, request: Request, kept: RetryState) -> Self {
         Self::new(request, Some(kept), None, self.destination.clone(), self.work.clone(), self.ended.clone())
     }
 
-    /// The attempt; the first call begins it.
+    /// Returns the attempt. The first call begins it.
     fn attempt(&self) -> Result<Arc<dyn Writing>> {
-        // A panic is kept like any error: files may have been made before it.
+        // A panic is kept like any error: the storage may have created files before it.
         let begin = || {
             guarded("the storage panicked when an attempt was begun", || {
                 let attempt = self.destination.begin(&self.request)?;
@@ -120,22 +121,22 @@ impl Task {
         self.attempt.get_or_init(begin).clone()
     }
 
-    /// The older files that it may be made of.
+    /// The older files from which the attempt may adopt files.
     pub fn older(&self) -> Option<&Older> {
         self.older.as_ref()
     }
 
-    /// The attempt, if it has begun.
+    /// Returns the attempt, if it has begun.
     pub fn begun(&self) -> Option<Arc<dyn Writing>> {
         self.attempt.get()?.as_ref().ok().cloned()
     }
 
-    /// Takes what is kept for a retry, if the save may be retried.
+    /// Takes the state kept for a retry, if the save may be retried.
     pub fn take_kept(&self) -> Option<RetryState> {
         lock(&self.kept).take()
     }
 
-    /// Whether beginning the attempt failed in a way that may have left something of it.
+    /// Whether the begin of the attempt failed in a way that may have left files.
     pub fn begin_failed(&self) -> bool {
         matches!(self.attempt.get(), Some(Err(error)) if error.kind() != ErrorKind::Conflict)
     }
@@ -146,7 +147,7 @@ impl Task {
         file.get_or_init(|| self.attempt()?.create(&plan.name, plan.length)).clone()
     }
 
-    /// Writes a chunk, digested once, and hands its slab to the storage, which returns it.
+    /// Digests a chunk once, writes it, and hands its slab to the storage, which returns the slab.
     pub(super) fn write(&self, chunk: Chunk) -> Result<()> {
         if self.request.ticket.failed() {
             return Ok(());
@@ -193,7 +194,7 @@ impl Task {
         Ok(())
     }
 
-    /// Seals the shard of chunk `index` if this was its last chunk.
+    /// Seals the shard of chunk `index` if this was the shard's last chunk.
     pub(super) fn seal_if_last(&self, index: usize) -> Result<()> {
         let number = self.request.plan.chunks[index].shard;
         let shard = &self.shards[number];
@@ -214,7 +215,7 @@ impl Task {
         shard.sealed.set(made).map_err(|_| Error::internal("a shard was sealed twice"))
     }
 
-    /// Makes a shard out of the older file as far as its chunks were not written.
+    /// Makes the part of a shard whose chunks were not written, out of the older file.
     fn make_of_older(&self, number: usize) -> Result<Made> {
         let Some(older) = &self.older else { return Ok(Made::Written) };
         let chunks = self.request.plan.shards[number].chunks.clone();
@@ -224,7 +225,7 @@ impl Task {
             return Ok(Made::Written);
         }
         let older = older.file(number)?;
-        // Whatever went wrong, the next save does not try this file again: it writes a new one.
+        // After any error here, the next save does not use this file again: it writes a new one.
         let made = self.make_of(older, number, missing);
         made.inspect_err(|_| older.damaged.store(true, Ordering::Release))
     }
@@ -251,18 +252,20 @@ impl Task {
         Ok(made)
     }
 
-    /// Records that one chunk, or the stager, is done with this save; the last one hands it to the committer.
+    /// Records that one chunk, or the stager, is done with this save. The last one hands the save to the
+    /// committer.
     pub(super) fn leave(self: &Arc<Self>) {
         if self.present.fetch_sub(1, Ordering::AcqRel) == 1 {
-            // The committer lives until every task has ended; if it is gone, there is no receiver to tell.
+            // The committer lives until every task has ended. If the committer is gone, no receiver is left
+            // to tell.
             let _ = self.ended.send(self.clone());
         }
     }
 
-    /// Returns the receipts of what was written.
+    /// Returns the receipts of the written bytes.
     ///
     /// # Errors
-    /// `Internal` unless exactly what was planned was written and every shard sealed.
+    /// `Internal` unless exactly the planned bytes were written and every shard is sealed.
     pub fn receipts(&self) -> Result<Receipts> {
         let Request { ticket, plan, .. } = &self.request;
         let mut digests = Vec::with_capacity(plan.segments.len());
@@ -277,7 +280,7 @@ impl Task {
         if written != plan.length || self.shards.iter().any(|s| s.sealed.get().is_none()) {
             return Err(Error::internal(format!("not all bytes are sealed planned={} written={written}", plan.length)));
         }
-        // A shard that was adopted was not opened.
+        // An adopted shard was not opened.
         let direct = |s: &Shard| match s.file.get() {
             Some(file) => matches!(file, Ok(file) if file.mode() == IoMode::Direct),
             None => true,
@@ -294,8 +297,8 @@ impl Task {
     }
 }
 
-/// Drops files and attempts, which are code of the storage, one by one: a second panic while the first
-/// unwinds would end the process. The last owner can be any thread.
+/// Drops files and attempts, which are code of the storage, one by one: a second panic during the unwinding
+/// of the first would abort the process. Any thread can be the last owner.
 impl Drop for Task {
     fn drop(&mut self) {
         self.shards.iter_mut().for_each(|shard| dropped(shard.file.take()));

@@ -1,24 +1,24 @@
-//! Which saves a trace of limited size has chunk by chunk.
+//! Chooses which saves a trace of limited size shows chunk by chunk.
 
-/// The size that a trace never exceeds.
+/// The maximum size of a trace.
 const FILE_MAX: u64 = 64 << 20;
-/// The part of it for chunks, in halves: of each Nth save, and of the slowest so far.
+/// The bytes of it for chunks. One half is for each Nth save, the other for the slowest saves so far.
 const CHUNKS_MAX: u64 = 32 << 20;
-/// Number of times that the distance of saves with chunks doubles before their part is used up.
+/// How many times the distance between saves with chunks doubles before that half is used up.
 const DOUBLINGS: u64 = 8;
-/// Kept for the ends of saves that have begun, and for the last line.
+/// The bytes kept for the ends of saves that have begun, and for the last line.
 const RESERVE: u64 = 64 << 10;
 
-/// How much of a trace is used.
+/// The used part of a trace.
 #[derive(Debug)]
 pub(super) struct Budget {
-    /// The limits that a test makes small.
+    /// The limits. A test makes them small.
     file: u64,
     chunks: u64,
     reserve: u64,
     /// Bytes in the file.
     pub used: u64,
-    /// Bytes of chunks: of each Nth save, and of slow ones.
+    /// Bytes of chunks: of each Nth save, and of slow saves.
     regular: u64,
     slow: u64,
     saves: u64,
@@ -44,13 +44,15 @@ impl Budget {
         Self { file, chunks, reserve, used: 0, regular: 0, slow: 0, saves: 0, longest: 0 }
     }
 
-    /// Whether `bytes` fit: of a save's end or of the last line into the reserve, too.
+    /// Whether `bytes` fit. With `reserved`, for the end of a save or the last line, the reserve may be used,
+    /// too.
     pub fn fits(&self, bytes: u64, reserved: bool) -> bool {
         let limit = if reserved { self.file } else { self.file - self.reserve };
         self.used.saturating_add(bytes) <= limit
     }
 
-    /// Decides about the chunks of the next save, which took `micros`; they take at most `bytes`.
+    /// Decides whether to show the chunks of the next save, which took `micros`. The chunks need at most
+    /// `bytes`.
     pub fn chunks(&mut self, micros: u64, bytes: u64) -> Option<Chunks> {
         let half = self.chunks / 2;
         let distance = 1 << (self.regular * DOUBLINGS / half).min(DOUBLINGS);
@@ -65,7 +67,7 @@ impl Budget {
         }
     }
 
-    /// Counts what the chunks of a save took.
+    /// Counts the bytes that the chunks of a save needed.
     pub fn spent(&mut self, of: Chunks, bytes: u64) {
         match of {
             Chunks::Regular => self.regular += bytes,

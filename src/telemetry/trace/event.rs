@@ -1,12 +1,12 @@
-//! The lines of a trace: events in Chrome's JSON, and the rows that they are in.
+//! The lines of a trace: events in Chrome's JSON, and the rows that show them.
 //!
-//! A *process* of the format is one kind of work of one rank, and its *threads* are threads, or the copy
+//! In this format, a *process* is one kind of work of one rank, and its *threads* are threads, or the copy
 //! stream of a GPU. So viewers show each kind of work in a group of its own, and ranks one below the other.
 
 use super::Work;
 use serde::Serialize;
 
-/// Rows of a rank, in the order of viewers.
+/// The rows of a rank, in the order in which viewers show them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Row {
     Saves,
@@ -35,7 +35,7 @@ impl Row {
         }
     }
 
-    /// The number of the process that the row is in.
+    /// Returns the number of the process that contains the row.
     pub fn pid(self, rank: u32) -> u64 {
         let number = match self {
             Self::Saves => 1,
@@ -81,7 +81,7 @@ impl Work {
         matches!(self, Self::Copy | Self::DeviceCopy { .. })
     }
 
-    /// Whether every save has it in a trace; if not, only those that are written chunk by chunk.
+    /// Whether a trace shows it for every save. Otherwise only saves written chunk by chunk show it.
     pub(super) fn is_always_shown(self) -> bool {
         matches!(self, Self::Call | Self::Fence | Self::Stage | Self::Commit)
     }
@@ -103,7 +103,7 @@ pub(super) struct Event<'a> {
     pub tid: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<u64>,
-    /// A plain `id` of a save would be one of all processes together.
+    /// The identity of a save within its process. Viewers would share a plain `id` between all processes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id2: Option<Local>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -119,7 +119,7 @@ pub(super) struct Local {
     pub local: String,
 }
 
-/// What an event says beyond its time.
+/// Further fields of an event.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(super) struct Arguments<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -128,7 +128,7 @@ pub(super) struct Arguments<'a> {
     pub labels: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sort_index: Option<u64>,
-    /// Bytes of the arena that chunks hold.
+    /// How many bytes of the arena hold chunks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub used: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -139,14 +139,14 @@ pub(super) struct Arguments<'a> {
     pub file: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
-    /// How far begin and end may be off, in microseconds.
+    /// The maximum error of begin and end, in microseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_us: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub end: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub why: Option<&'a str>,
-    /// Spans, or messages before this one, that are not in the trace.
+    /// The number of spans, or of messages before this one, that are not in the trace.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lost: Option<u64>,
 }

@@ -1,10 +1,10 @@
-//! The file of a trace: an array in Chrome's JSON, with one event a line.
+//! The file of a trace: an array in Chrome's JSON, with one event per line.
 //!
-//! **Whole lines.** Lines are written many at a time, and each of them whole. A killed process leaves an
-//! array without its end, cut in its last line at most; viewers open that.
-//! **One writer.** The file is made anew, under another name if its own is taken, so no two executors, ranks
-//! or processes write into one file.
-//! **Errors.** After one, nothing is traced any more; it is reported once.
+//! **Whole lines.** Many lines are written at a time, and each of them whole. A killed process leaves an
+//! array without its end, at most cut within its last line. Viewers open such a file.
+//! **One writer.** The file is always newly created, under another name if its own is taken. So no two
+//! executors, ranks or processes write to one file.
+//! **Errors.** After an error, tracing stops. The error is reported once.
 
 use super::budget::Budget;
 use super::event::{Arguments, Event, Local, Row};
@@ -18,19 +18,21 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-/// The most bytes of lines that wait to be written.
+/// The maximum number of bytes of lines that wait to be written.
 const BUFFER_MAX: usize = 64 << 10;
-/// The most bytes of a span of a chunk: with an end of a flow and a reading of the arena, and without.
+/// The maximum number of bytes of a span of a chunk: with an end of a flow and a reading of the arena, and
+/// without.
 const SPAN_BYTES: [u64; 2] = [400, 200];
-/// The most files of one name, those of earlier processes included.
+/// The maximum number of files of one name, including those of earlier processes.
 const FILES_MAX: u32 = 99;
-/// The size of a rank's range of flow numbers.
+/// The size of the range of flow numbers of a rank.
 const FLOWS: u64 = 1 << 32;
 
-/// The number of the next flow in this process: files of several executors can be joined.
+/// The number of the next flow in this process. It is shared, because files of several executors can be
+/// joined.
 static FLOW: AtomicU64 = AtomicU64::new(0);
 
-/// Which file the trace of an executor is.
+/// The path of the trace of an executor.
 #[derive(Clone, Debug)]
 pub(crate) struct TracePath {
     pub path: PathBuf,
@@ -38,7 +40,7 @@ pub(crate) struct TracePath {
     pub world: u32,
 }
 
-/// See the module.
+/// The open trace of one executor. See the module.
 pub(crate) struct TraceFile {
     at: TracePath,
     clock: Clock,
@@ -46,15 +48,15 @@ pub(crate) struct TraceFile {
     file: Option<File>,
     buffer: Vec<u8>,
     budget: Budget,
-    /// Rows and threads whose names are written.
+    /// The rows and threads whose names were written.
     named: HashSet<(u64, Option<u64>)>,
-    /// Saves whose begin is written, and not their end.
+    /// The saves whose begin was written and whose end was not.
     open: BTreeSet<u64>,
-    /// No save is traced any more.
+    /// Whether tracing has stopped.
     over: bool,
 }
 
-/// Tells the time since 1970 of a moment.
+/// Converts a moment to the time since 1970.
 struct Clock {
     at: Instant,
     nanos: u64,
@@ -88,7 +90,7 @@ impl TraceFile {
         }
     }
 
-    /// Whether nothing is traced any more: the file is full, or cannot be written.
+    /// Whether tracing has stopped: the file is full, or cannot be written.
     pub fn is_over(&self) -> bool {
         self.over
     }
@@ -141,14 +143,14 @@ impl TraceFile {
         }
     }
 
-    /// Writes what a thread did for a save that has ended meanwhile.
+    /// Writes the work of a thread for a save that has ended meanwhile.
     pub fn late(&mut self, span: &Span, thread: &Thread, step: u64) {
         if span.work.is_always_shown() {
             self.span(span, &HashMap::from([(thread.id, &*thread.name)]), step);
         }
     }
 
-    /// Writes the lines that wait.
+    /// Writes the buffered lines.
     pub fn flush(&mut self) {
         if self.buffer.is_empty() {
             return;
@@ -156,13 +158,13 @@ impl TraceFile {
         let written = self.file.as_mut().map_or(Ok(()), |file| file.write_all(&self.buffer));
         self.buffer.clear();
         if let Err(error) = written {
-            // What follows half of a line cannot be read.
+            // Lines after half of a line cannot be read.
             self.file = None;
             self.fail(&error);
         }
     }
 
-    /// Ends the array.
+    /// Ends the array and the file.
     pub fn close(mut self) {
         if self.file.is_none() {
             return;
@@ -177,7 +179,7 @@ impl TraceFile {
 
     /// Writes the spans of chunks, flows from each copy to the write of the same chunk, and the arena.
     fn chunks(&mut self, spans: &[&Span], threads: &HashMap<u32, &str>, step: u64) {
-        // Viewers find the slice that a flow ends at by its time, and none of no length.
+        // Viewers find the slice at the end of a flow by its time, and find no slice of length zero.
         let chunk = |span: &Span| span.number.filter(|_| self.micros_of(span).1 > 0);
         let writes = spans.iter().filter(|span| span.work == Work::Write);
         let written: HashSet<usize> = writes.filter_map(|span| chunk(span)).collect();
@@ -232,13 +234,13 @@ impl TraceFile {
         self.push(&event, ",\n", false);
     }
 
-    /// Begin and length of a span.
+    /// Returns the begin and the length of a span.
     fn micros_of(&self, span: &Span) -> (u64, u64) {
         let begin = self.clock.micros(span.begin);
         (begin, self.clock.micros(span.end).saturating_sub(begin))
     }
 
-    /// Process and thread of a span.
+    /// Returns the process and the thread of a span.
     fn place(&self, span: &Span) -> (u64, u64) {
         let row = Row::of(span.work);
         let tid = if matches!(row, Row::Device(_)) { 1 } else { u64::from(span.thread) };
@@ -277,7 +279,7 @@ impl TraceFile {
         self.push(&event, ",\n", reserved)
     }
 
-    /// Writes the names of a row and a thread in it, unless they are written.
+    /// Writes the names of a row and of a thread in it, unless they were written before.
     fn name(&mut self, row: Row, tid: u64, thread: &str) {
         let (rank, pid) = (self.at.rank, row.pid(self.at.rank));
         if self.named.insert((pid, None)) {
@@ -298,7 +300,7 @@ impl TraceFile {
         }
     }
 
-    /// Adds a line, if there is room. `reserved`: it may use the last of it.
+    /// Adds a line, if there is room. `reserved`: the line may use the reserve.
     fn push(&mut self, event: &Event<'_>, end: &str, reserved: bool) -> bool {
         if self.over && !reserved {
             return false;
@@ -329,7 +331,7 @@ impl TraceFile {
         true
     }
 
-    /// Makes the file and begins the array.
+    /// Creates the file and begins the array.
     fn begin(&mut self) -> bool {
         if self.over {
             return false;
@@ -356,7 +358,8 @@ impl TraceFile {
     }
 }
 
-/// Copies of a device that were timed by their bounds alone may overlap; a stream makes them one by one.
+/// Separates copies of a device: copies that were timed only by their bounds may seem to overlap, but a
+/// stream makes them one by one.
 fn apart(spans: &mut [Span]) {
     let mut ends: HashMap<u32, Instant> = HashMap::new();
     for span in spans {
@@ -368,8 +371,8 @@ fn apart(spans: &mut [Span]) {
     }
 }
 
-/// Makes the file: `trace.json` is `trace-rank3.json` for one of several ranks, and `trace-2.json` if there
-/// is one already.
+/// Creates the file. `trace.json` becomes `trace-rank3.json` for one of several ranks, and `trace-2.json` if
+/// that file exists already.
 fn create(at: &TracePath) -> io::Result<File> {
     let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
     let taken = |error: &io::Error| error.kind() == io::ErrorKind::AlreadyExists;
@@ -409,7 +412,7 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    /// A save of so many chunks that began at `at` and took 4 ms for each.
+    /// A save of `chunks` chunks that began at `at` and took 4 ms for each.
     fn save(trace: &mut TraceFile, step: u64, at: Instant, chunks: usize) {
         let (spans, arena) = (SaveTrace::new(step), 0);
         let add = |work, from: u32, to: u32, number| {

@@ -1,9 +1,9 @@
-//! The trace of an executor: what its saves did, and when, for the viewers of Chrome's format.
+//! The trace of an executor: what its saves did, and when, for viewers of Chrome's format.
 //!
-//! **Who writes.** Threads that work for a save leave [`Span`]s in its [`SaveTrace`]; the thread that tells
-//! of saves writes them into a [`TraceFile`] when the save has ended.
-//! **Off.** A save without a trace costs its threads one branch each.
-//! **Size.** `Budget` says which saves are written chunk by chunk.
+//! **Who writes.** Threads that work for a save add [`Span`]s to its [`SaveTrace`]. The telemetry thread
+//! writes them to a [`TraceFile`] when the save has ended.
+//! **Off.** Without a trace, a save costs its threads one branch each.
+//! **Size.** `Budget` chooses which saves are written chunk by chunk.
 
 mod budget;
 mod event;
@@ -15,10 +15,10 @@ use crate::sync::{Mutex, lock};
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-/// The most spans that one save keeps; later ones are counted.
+/// The maximum number of spans that one save keeps. Later spans are counted.
 const SPANS_MAX: usize = 1 << 16;
 
-/// What a span is of.
+/// The kind of work in a span.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Work {
     /// The program is in the call of `save`.
@@ -31,7 +31,7 @@ pub(crate) enum Work {
     Copy,
     /// The stager queues the copies of a chunk.
     Queue,
-    /// A device copies its part of a chunk; times are of its clock, and may be off by `error`.
+    /// A device copies its part of a chunk. Times are those of its clock, and may be off by `error`.
     DeviceCopy { ordinal: u32, error: Duration },
     /// A writer digests a chunk.
     Digest,
@@ -43,25 +43,25 @@ pub(crate) enum Work {
     Commit,
 }
 
-/// What was done in one stretch of time.
+/// One piece of work of one thread, with its begin and end.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Span {
     pub work: Work,
     pub begin: Instant,
     pub end: Instant,
-    /// The chunk, or the file of `Seal`.
+    /// The number of the chunk, or of the file for `Seal`.
     pub number: Option<usize>,
     pub bytes: u64,
     /// The identity of the thread.
     pub thread: u32,
-    /// Bytes of the arena that chunks held at the end.
+    /// How many bytes of the arena held chunks at the end.
     pub arena: u64,
 }
 
 /// The spans of one save, which its threads add.
 #[derive(Debug)]
 pub(crate) struct SaveTrace {
-    /// Its number in this process.
+    /// The number of the save in this process.
     pub id: u64,
     state: Mutex<State>,
 }
@@ -74,7 +74,7 @@ struct State {
     lost: u64,
 }
 
-/// A thread, as the trace calls it.
+/// A thread, as named in the trace.
 #[derive(Clone, Debug)]
 pub(crate) struct Thread {
     pub id: u32,
@@ -97,7 +97,7 @@ pub(crate) struct EndedSave {
     pub at: Instant,
     pub spans: Vec<Span>,
     pub threads: Vec<Thread>,
-    /// Spans that found no place.
+    /// The number of spans that were dropped.
     pub lost: u64,
 }
 
@@ -106,7 +106,7 @@ impl SaveTrace {
         Self { id, state: Mutex::default() }
     }
 
-    /// Adds a span of the calling thread. Returns it, with the thread, once the save has ended.
+    /// Adds a span of the calling thread. If the save has ended, returns the span with the thread instead.
     #[must_use]
     pub fn add(&self, span: Span) -> Option<(Span, Thread)> {
         let mut state = lock(&self.state);
@@ -124,7 +124,7 @@ impl SaveTrace {
         None
     }
 
-    /// Takes all spans. The first call decides.
+    /// Takes all spans. Only the first call returns them.
     pub fn end(&self, step: u64, began: Instant, arena: u64) -> Option<EndedSave> {
         let mut state = lock(&self.state);
         if std::mem::replace(&mut state.ended, true) {
@@ -139,7 +139,7 @@ impl SaveTrace {
 }
 
 impl Thread {
-    /// The identity of the calling thread.
+    /// Returns the identity of the calling thread.
     pub fn id() -> u32 {
         rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned()
     }
@@ -151,7 +151,8 @@ impl Thread {
     }
 }
 
-/// The begin of a wait at a fence: what the calling thread has waited before is another wait's.
+/// Returns the begin of a wait at a fence. Time that the calling thread waited before belongs to an earlier
+/// wait.
 pub(crate) fn fence_begin(began: Instant, end: Instant) -> Instant {
     thread_local!(static LAST: Cell<Option<Instant>> = const { Cell::new(None) });
     LAST.replace(Some(end)).map_or(began, |last| began.max(last))
