@@ -6,7 +6,7 @@ const BETA_SECOND: f32 = 0.999;
 const EPSILON: f32 = 1e-8;
 const DECAY: f32 = 0.01;
 
-/// Fewer elements than this are not worth a thread.
+/// The minimum number of elements that are worth a thread.
 const SHARE_MIN: usize = 64 << 10;
 
 /// The factors of a step, the same on the host and on a GPU (`kernels/training.cu`).

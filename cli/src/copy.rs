@@ -89,7 +89,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     })
 }
 
-/// The steps that are not marked bad, newest first, and a word on those that are left out.
+/// Returns the steps that are not marked bad, newest first. Reports the steps that are left out.
 fn unmarked(catalog: &Catalog, all: bool) -> Result<Vec<u64>> {
     let marks = catalog.marks()?;
     let mut steps = Vec::new();
@@ -106,7 +106,7 @@ fn unmarked(catalog: &Catalog, all: bool) -> Result<Vec<u64>> {
     Ok(steps)
 }
 
-/// The storage to copy to; None where a dry run finds none.
+/// Opens the storage to copy to; None if a dry run finds no storage.
 fn destination(root: &Path, dry_run: bool) -> Result<Option<Arc<dyn Storage>>> {
     let opened = if dry_run { storage::at(root) } else { storage::open(root) };
     match opened {

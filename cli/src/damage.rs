@@ -1,4 +1,4 @@
-//! Damage, located and said in words: for `verify` and `repair`.
+//! Locates damage and describes it in words, for `verify` and `repair`.
 
 use crate::words::{counted, grouped};
 use crate::{element, out, size, words};
@@ -9,10 +9,10 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// How many damaged ranges of a step are located: more of them are no flipped bit.
+/// The maximum number of damaged ranges of a step that are located: more ranges are not flipped bits.
 const LOCATED: usize = 32;
 
-/// A damaged range, and what a second reading says of it.
+/// A damaged range, and the result of reading it a second time.
 pub struct Found {
     pub damage: Damage,
     pub located: Option<Located>,
@@ -76,7 +76,7 @@ pub fn of_flip(file: &str, flip: Flip) -> String {
 }
 
 impl FlipRow {
-    /// A flip that is in no tensor.
+    /// Makes a flip that is in no tensor.
     pub fn plain(flip: Flip) -> Self {
         let masks = (flip.offset..).take(flip.bytes()).map(|at| flip.mask_at(at)).collect();
         Self { offset: flip.offset, masks, bit: flip.single_bit(), elements: Vec::new() }
@@ -84,8 +84,8 @@ impl FlipRow {
 }
 
 impl Found {
-    /// True when one flipped bit or byte explains the damage, the medium has it, and nothing else of the
-    /// tensor is damaged.
+    /// True when one flipped bit or byte explains the damage, a second reading from the medium shows the same
+    /// damage, and the tensor has no other damage.
     pub fn is_certain(&self) -> bool {
         let flip = self.located.as_ref().filter(|located| located.again == Again::Same).and_then(|l| l.flip);
         flip.is_some_and(|flip| flip.is_one_byte()) && !self.has_company
@@ -117,7 +117,7 @@ impl Found {
         text
     }
 
-    /// Says what is wrong there.
+    /// Says what is wrong at that place.
     pub fn reason(&self) -> String {
         let Some(located) = &self.located else { return words::message(&self.damage.what) };
         let zeros = || {

@@ -7,7 +7,7 @@ use ashore::{Builder, DeviceChoice, Error, ErrorKind, Result};
 use std::fmt;
 use std::sync::Arc;
 
-/// The device that the choice resolved to, and why.
+/// The device that the choice resolves to, and the reason.
 pub enum Home {
     Host {
         why: String,

@@ -1,4 +1,5 @@
-//! `ashore diff`: how two checkpoints differ. Tensors with the same digests are the same and are not read.
+//! `ashore diff`: how two checkpoints differ. Tensors with the same digests are equal, so `diff` does not
+//! read them.
 
 use crate::inspect::{matches, shape, shortened};
 use crate::ls::{shown as shown_table, table};
@@ -45,12 +46,12 @@ struct Report {
 #[derive(Serialize)]
 struct Changed {
     name: String,
-    /// What differs where the tensors cannot be compared element by element.
+    /// The difference, if the tensors cannot be compared element by element.
     why: Option<String>,
     difference: Option<Difference>,
 }
 
-/// A value or metadata of both; None where there is none.
+/// A value or metadata of both checkpoints; None for a checkpoint that does not have it.
 #[derive(Serialize)]
 struct Entry {
     name: String,
@@ -118,7 +119,7 @@ fn compared(a: &Checkpoint, b: &Checkpoint, args: &Args) -> Result<Report> {
         } else {
             let difference = Difference::of((a, x), (b, y))?;
             let read_alike = || -> Result<bool> { Ok(a.read(name)? == b.read(name)?) };
-            // Boxes that lie otherwise have other digests.
+            // Tensors that are cut into other boxes have other digests.
             let alike = difference.map_or_else(read_alike, |difference| Ok(difference.changed == 0))?;
             if alike {
                 report.same += 1;

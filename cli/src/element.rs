@@ -3,8 +3,8 @@
 use ashore::Dtype;
 use half::{bf16, f16};
 
-/// Returns an element as a number; None for a dtype that has no plain one. Complex numbers count by their
-/// real part.
+/// Returns an element as a number; None for a dtype whose elements are not plain numbers. Of a complex number
+/// it returns the real part.
 pub fn number(dtype: Dtype, bytes: &[u8]) -> Option<f64> {
     macro_rules! of {
         ($t:ty) => {
@@ -33,7 +33,7 @@ pub fn size(dtype: Dtype) -> Option<usize> {
     number(dtype, &[0; 8]).map(|_| dtype.bitsize() / 8)
 }
 
-/// Shows an element; one of a dtype that has no plain number as hex digits, lowest byte first.
+/// Shows an element. An element that is not a plain number is shown as hex digits, lowest byte first.
 pub fn shown(dtype: Dtype, bytes: &[u8]) -> String {
     match dtype {
         Dtype::BOOL => match bytes {

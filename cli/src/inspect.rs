@@ -1,4 +1,4 @@
-//! `ashore inspect`: shows the contents of a checkpoint, and on request what its tensors are like.
+//! `ashore inspect`: shows the contents of a checkpoint, and on request the statistics of its tensors.
 
 use crate::ls::{shown as shown_table, table, table_of};
 use crate::stats::Stats;
@@ -90,7 +90,7 @@ fn described(checkpoint: &Checkpoint, args: &Args, stats: &BTreeMap<String, Stat
     }))
 }
 
-/// Counts the elements of all tensors but those whose bytes another one holds.
+/// Counts the elements of all tensors except aliases, whose bytes another tensor holds.
 fn elements(checkpoint: &Checkpoint) -> Result<u64> {
     let mut sum = 0;
     for (number, tensor) in checkpoint.tensors()?.enumerate() {
@@ -201,7 +201,7 @@ pub fn matches(pattern: &str, name: &str) -> bool {
             }
             Some(c) if *c == '?' || *c == name[n] => (p, n) = (p + 1, n + 1),
             _ => match star {
-                // The last `*` takes one more character.
+                // The last `*` matches one more character.
                 Some((at, taken)) => {
                     star = Some((at, taken + 1));
                     (p, n) = (at + 1, taken + 1);

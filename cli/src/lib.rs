@@ -132,10 +132,10 @@ impl Common {
     }
 }
 
-/// Refuses an object store, for commands that measure a disk.
+/// Refuses an object store, because the caller is a command that measures a disk.
 ///
 /// # Errors
-/// `Invalid` when `dir` is a URL of one.
+/// `Invalid` when `dir` is the URL of an object store.
 fn on_disk(dir: &Path) -> Result<()> {
     if !is_url(dir) {
         return Ok(());

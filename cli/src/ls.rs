@@ -22,7 +22,7 @@ pub struct Args {
     roots: Vec<PathBuf>,
 }
 
-/// Lists checkpoints, newest last, including damaged ones and what is no step.
+/// Lists checkpoints, newest last, including damaged checkpoints and directories that are not steps.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     if args.roots.len() > 1 {
         common.root_at(args.roots.first().map(PathBuf::as_path))?;
@@ -106,7 +106,7 @@ fn state(row: &Row) -> String {
     }
 }
 
-/// Counts what is there: `3 complete, 1 damaged; 55.6 GB; newest complete: step 4900`.
+/// Counts the checkpoints: `3 complete, 1 damaged; 55.6 GB; newest complete: step 4900`.
 fn summary(rows: &[Row]) -> String {
     let kinds = [
         (Kind::Complete, "complete"),
@@ -128,7 +128,7 @@ fn summary(rows: &[Row]) -> String {
     format!("{}; {bytes}; {newest}{marked}", counts.join(", "))
 }
 
-/// Reports what interrupted saves left behind, which uses disk space.
+/// Reports the remains of interrupted saves, because they use disk space.
 fn complain_of_remnants(catalog: &Catalog) -> Result<()> {
     let swept = catalog.sweep(Sweep::default().dry_run())?;
     for dead in remnants::not_alive(swept.removed) {

@@ -1,4 +1,4 @@
-//! `ashore completions` and `ashore man`: what shells and `man` need to know of this program.
+//! `ashore completions` and `ashore man`: descriptions of this program for shells and for `man`.
 
 use crate::{Cli, out};
 use ashore::{Error, Result};
@@ -33,7 +33,7 @@ pub fn man() -> Result<ExitCode> {
     print(&text)
 }
 
-/// Writes the synopsis and the options of a verb, without the head of a page.
+/// Writes the synopsis and the options of a verb, without a page header.
 fn section(verb: &Command, text: &mut Vec<u8>) -> std::io::Result<()> {
     let page = clap_mangen::Man::new(verb.clone());
     text.extend_from_slice(format!("\n.SH \"ASHORE {}\"\n", verb.get_name().to_uppercase()).as_bytes());
@@ -41,7 +41,7 @@ fn section(verb: &Command, text: &mut Vec<u8>) -> std::io::Result<()> {
     page.render_description_section(&mut part)?;
     page.render_synopsis_section(&mut part)?;
     page.render_options_section(&mut part)?;
-    // Its sections are parts of this page.
+    // The sections of the verb are parts of this page.
     let part = String::from_utf8_lossy(&part).replace("\n.SH ", "\n.SS ");
     text.extend_from_slice(part.strip_prefix(".SH ").map_or(part.clone(), |rest| format!(".SS {rest}")).as_bytes());
     Ok(())

@@ -28,19 +28,20 @@ pub fn complain(text: &str) {
     let _ = writeln!(std::io::stderr().lock(), "ashore: {}", printable(text));
 }
 
-/// The columns of the screen: `COLUMNS`, or those of the terminal, or 80.
+/// Returns the columns of the screen: `COLUMNS`, or those of the terminal, or 80.
 pub fn width() -> usize {
     let set = std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
     let terminal = || comfy_table::Table::new().width().map(usize::from);
     set.or_else(terminal).unwrap_or(80).clamp(40, 400)
 }
 
-/// Wraps text at the width of the screen, behind `lead` and then behind as many spaces. Ends with a newline.
+/// Wraps text at the width of the screen. The first line begins with `lead`, later lines with as many spaces.
+/// Ends with a newline.
 pub fn wrapped(lead: &str, text: &str) -> String {
     wrapped_at(width(), lead, text)
 }
 
-/// As [`wrapped`], at this width.
+/// Wraps text like [`wrapped`], at this width.
 pub fn wrapped_at(width: usize, lead: &str, text: &str) -> String {
     let indent = lead.chars().count();
     let (mut out, mut used, mut fresh) = (lead.to_owned(), indent, true);
@@ -81,7 +82,8 @@ pub fn median(numbers: impl IntoIterator<Item = f64>) -> f64 {
     quantile(numbers, 0.5)
 }
 
-/// Returns the nearest-rank quantile, but the mean of the middle two for an even median; 0 of no numbers.
+/// Returns the nearest-rank quantile; for the median of an even count, the mean of the middle two; 0 of no
+/// numbers.
 pub fn quantile(numbers: impl IntoIterator<Item = f64>, q: f64) -> f64 {
     let mut sorted: Vec<f64> = numbers.into_iter().collect();
     sorted.sort_by(f64::total_cmp);

@@ -1,4 +1,4 @@
-//! A directory to measure in, and an end of measuring when the program is interrupted.
+//! A directory for measurements, and the end of measuring when the program is interrupted.
 
 use ashore::{Error, ErrorKind, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -33,8 +33,8 @@ impl Drop for Place {
     }
 }
 
-/// Whether SIGINT, SIGTERM or SIGHUP has come since [`Interrupt::watch`]. A second one ends the program at
-/// once.
+/// Tells whether SIGINT, SIGTERM or SIGHUP has arrived since [`Interrupt::watch`]. A second signal ends the
+/// program at once.
 pub struct Interrupt(Arc<AtomicBool>);
 
 impl Interrupt {
@@ -45,7 +45,7 @@ impl Interrupt {
     pub fn watch() -> Result<Self> {
         let seen = Arc::new(AtomicBool::new(false));
         for signal in [SIGINT, SIGTERM, SIGHUP] {
-            // This order: the first signal must not find what it sets already set.
+            // The order matters: the first signal must not find the flag that it sets already set.
             flag::register_conditional_default(signal, seen.clone())
                 .and_then(|_| flag::register(signal, seen.clone()))
                 .map_err(|e| Error::io("cannot watch for interrupts", e))?;

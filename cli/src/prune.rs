@@ -1,4 +1,5 @@
-//! `ashore prune`: deletes checkpoints, after reading one that stays in full and finding it sound.
+//! `ashore prune`: deletes checkpoints, after it has read one remaining checkpoint in full and found it
+//! sound.
 
 use crate::remnants::{self, Row};
 use crate::{Common, age, out, size, words};
@@ -69,7 +70,7 @@ struct Pruned {
     kept: Vec<Step>,
     /// Kept checkpoints that do not count.
     doubtful: Vec<Step>,
-    /// The bytes of `removed` that no file has any more that other steps share; those of clones may stay.
+    /// The bytes of `removed` that no remaining step shares. Clones may still use some of these bytes.
     freed_bytes: u64,
     /// What could not be deleted, or not completely.
     failed: Vec<Step>,

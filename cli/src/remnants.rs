@@ -1,4 +1,4 @@
-//! What interrupted saves left behind.
+//! The remains of interrupted saves.
 
 use crate::{age, out, size};
 use ashore::storage::{Remnant, State};
@@ -29,7 +29,7 @@ impl From<Remnant> for Row {
 }
 
 impl Row {
-    /// Formats it as one line.
+    /// Formats the remnant as one line.
     pub fn shown(&self) -> String {
         let age =
             self.age_seconds.map(|age| format!(", unchanged for {}", age::shown(std::time::Duration::from_secs(age))));
@@ -38,7 +38,7 @@ impl Row {
     }
 }
 
-/// Selects those whose owners are not known to be alive.
+/// Selects the remnants whose owners are not known to be alive.
 pub fn not_alive(remnants: Vec<Remnant>) -> Vec<Row> {
     remnants.into_iter().filter(|remnant| remnant.state != State::Live).map(Row::from).collect()
 }

@@ -1,7 +1,7 @@
 //! `ashore repair`: writes the flipped bits of a step back, if exactly one explanation of its damage exists.
 //!
-//! No file is changed in place. Steps that share a damaged file get the repaired one. What is left of a
-//! killed repair goes in a sweep.
+//! No file is changed in place. Steps that share a damaged file get the repaired file. A sweep deletes the
+//! remains of a killed repair.
 
 mod writing;
 
@@ -44,9 +44,9 @@ struct Repair {
     /// The step was damaged and is sound now.
     repaired: bool,
     changes: Vec<Change>,
-    /// Damage that no single flipped bit or byte explains; with any of it nothing is repaired.
+    /// Damage that no single flipped bit or byte explains. If there is any, nothing is repaired.
     uncertain: Vec<String>,
-    /// Other steps that share a damaged file, and get the repaired one.
+    /// Other steps that share a damaged file, and get the repaired file.
     shared: Vec<Shared>,
 }
 
@@ -59,17 +59,17 @@ struct Shared {
     /// The damaged files, by their names in this step.
     #[serde(serialize_with = "names", rename = "files")]
     pairs: Vec<Pair>,
-    /// It has the repaired files.
+    /// True when the step has the repaired files.
     repaired: bool,
-    /// Why it has not.
+    /// The reason why the step does not have them.
     why: Option<String>,
 }
 
 /// A file that two steps share.
 struct Pair {
-    /// Its name in the step that shares it.
+    /// The file's name in the step that shares it.
     file: String,
-    /// Its name in the step that is repaired.
+    /// The file's name in the step that is repaired.
     repaired: String,
 }
 
@@ -84,7 +84,7 @@ struct Change {
     offset: u64,
     read: u8,
     written: u8,
-    /// What it is, for people.
+    /// A description for people.
     what: String,
 }
 
@@ -123,7 +123,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     tell(common, &repair)
 }
 
-/// Repairs the manifest, without which nothing else of the step can be checked before.
+/// Repairs the manifest. Until the manifest is repaired, nothing else of the step can be checked.
 fn of_manifest(common: &Common, args: &Args, error: Error) -> Result<ExitCode> {
     let path = error.path().unwrap_or(Path::new(""));
     let (Some(flip), Some(dir)) = (damage::of_manifest(path), path.parent()) else {
@@ -161,7 +161,8 @@ impl Repair {
         !self.changes.is_empty() && self.uncertain.is_empty()
     }
 
-    /// Finds the steps that share what is repaired. Without them a repair would part the other steps from it.
+    /// Finds the steps that share the repaired files. If the repair left them out, they would keep the
+    /// damaged files.
     fn find_sharers(&mut self) -> Result<()> {
         let mut found = BTreeMap::<(u64, PathBuf), Vec<Pair>>::new();
         let mut files: Vec<_> = self.changes.iter().map(|change| &change.file).collect();
@@ -176,7 +177,8 @@ impl Repair {
         Ok(())
     }
 
-    /// A step that cannot have the repaired files does not keep the others from them.
+    /// Gives the repaired files to the steps that share them. If one step cannot have them, the others still
+    /// get them.
     fn give_to_sharers(&mut self) {
         for shared in &mut self.shared {
             let given = give(&self.path, shared);
@@ -185,7 +187,7 @@ impl Repair {
         }
     }
 
-    /// Says what becomes of the steps that share the damaged files.
+    /// Describes the result for each step that shares the damaged files.
     fn shown_sharers(&self, head: &str) -> String {
         let mut text = String::new();
         for Shared { step, repaired, why, .. } in &self.shared {
@@ -250,7 +252,7 @@ impl Repair {
 }
 
 impl Change {
-    /// The byte that `found`, which is certain, says is wrong.
+    /// Returns the wrong byte of `found`, whose flip is certain.
     fn of(checkpoint: &Checkpoint, found: &Found) -> Result<Self> {
         let none = || Error::new(ErrorKind::Internal, "certain damage has no flip");
         let flip = found.located.as_ref().and_then(|located| located.flip).ok_or_else(none)?;

@@ -10,7 +10,7 @@ use std::path::Path;
 /// Returns the steps beside the step at `path` that share its file `file`.
 ///
 /// # Errors
-/// When that cannot be known, which was complained of.
+/// When the steps cannot be determined. The function has already printed the reason.
 pub fn of(path: &Path, file: &str) -> Result<Vec<Sharing>> {
     let (Some(root), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
         return Ok(Vec::new());
@@ -26,7 +26,7 @@ pub fn of(path: &Path, file: &str) -> Result<Vec<Sharing>> {
     })
 }
 
-/// `step 10`, `steps 10 and 30`.
+/// Formats steps: `step 10`, `steps 10 and 30`.
 pub fn numbered(steps: &[u64]) -> String {
     match steps {
         [step] => format!("step {step}"),

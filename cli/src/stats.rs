@@ -1,19 +1,19 @@
-//! What the elements of a tensor are like: norm, least, greatest, and how many are no numbers.
+//! Statistics of the elements of a tensor: norm, least, greatest, and how many are no numbers.
 
 use crate::element;
 use ashore::{Checkpoint, Dtype, Result, TensorInfo};
 use serde::Serialize;
 use std::ops::Range;
 
-/// The most bytes of a tensor that are in memory at once, unless one row is longer.
+/// The maximum bytes of a tensor in memory at once, unless one row is longer.
 const PART: u64 = 64 << 20;
 
-/// What the elements of a tensor are like. Complex numbers count by their real part.
+/// Statistics of the elements of a tensor. Of a complex number only the real part counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Stats {
     /// The root of the sum of squares.
     pub norm: f64,
-    /// The least and the greatest element that is a number; None where there is none.
+    /// The least and the greatest element that is a number; None if no element is one.
     pub min: Option<f64>,
     pub max: Option<f64>,
     pub nan: u64,
@@ -24,7 +24,7 @@ impl Stats {
     /// Reads a tensor; None for a dtype whose elements are no plain numbers.
     ///
     /// # Errors
-    /// When its bytes cannot be read or are not what was written.
+    /// When the tensor's bytes cannot be read or are not those that were written.
     pub fn of(checkpoint: &Checkpoint, tensor: TensorInfo<'_>) -> Result<Option<Self>> {
         let Some(size) = element::size(tensor.dtype) else { return Ok(None) };
         let mut stats = Self::default();
@@ -51,14 +51,14 @@ impl Stats {
     }
 }
 
-/// How two tensors of one dtype and shape differ.
+/// The differences of two tensors of the same dtype and shape.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Difference {
-    /// The norm of the difference, divided by that of the first; None where the first is zero.
+    /// The norm of the difference, divided by the norm of the first tensor; None if that norm is zero.
     pub relative: Option<f64>,
-    /// The greatest difference of two elements.
+    /// The greatest difference between two elements.
     pub greatest: f64,
-    /// How many elements have other bytes.
+    /// The number of elements whose bytes differ.
     pub changed: u64,
     pub elements: u64,
 }
@@ -67,7 +67,7 @@ impl Difference {
     /// Reads both tensors; None for a dtype whose elements are no plain numbers.
     ///
     /// # Errors
-    /// When bytes cannot be read or are not what was written.
+    /// When bytes cannot be read or are not those that were written.
     pub fn of(a: (&Checkpoint, TensorInfo<'_>), b: (&Checkpoint, TensorInfo<'_>)) -> Result<Option<Self>> {
         let dtype = a.1.dtype;
         let Some(size) = element::size(dtype) else { return Ok(None) };
@@ -92,7 +92,7 @@ impl Difference {
     }
 }
 
-/// The parts in which a tensor is read: ranges of its first dimension, or None for all of it.
+/// Returns the parts in which a tensor is read: ranges of its first dimension, or None for the whole tensor.
 fn parts(tensor: &TensorInfo<'_>) -> Vec<Option<Range<usize>>> {
     let rows = tensor.shape.first().copied().unwrap_or(0);
     if tensor.bytes <= PART || rows == 0 {

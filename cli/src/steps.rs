@@ -1,4 +1,5 @@
-//! What lies in a directory of checkpoints: steps, what is being written, and what is no step.
+//! The contents of a directory of checkpoints: steps, attempts being written, and directories that are not
+//! steps.
 
 use crate::{out, words};
 use ashore::catalog::{Mark, Marked};
@@ -12,22 +13,22 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-/// What a name in the directory is.
+/// The kind of a name in the directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// A step: manifest and tables are valid, and every file exists, has its length, and belongs to this
     /// save. `verify` checks the bytes.
     Complete,
-    /// A step of this library whose bytes are not those that were written, or incomplete.
+    /// A step of this library that is incomplete, or whose bytes are not those that were written.
     Damaged,
     /// Another directory has the same step, or the name and the manifest differ.
     Conflict,
     /// A step that cannot be read at present.
     Unreadable,
-    /// It has the name of a step, and another program made it.
+    /// A directory with the name of a step that another program made.
     Foreign,
-    /// A process is writing it.
+    /// An attempt that a process is writing.
     InFlight,
 }
 
@@ -38,17 +39,18 @@ pub struct Row {
     #[serde(serialize_with = "out::path")]
     pub path: PathBuf,
     pub bytes: u64,
-    /// Of `bytes`, those in files that have other names, too, such as those that steps share. Clones are not
-    /// among them.
+    /// The part of `bytes` in files that have several names, such as files that steps share. Clones are not
+    /// included.
     pub shared_bytes: u64,
     pub complete: bool,
     pub state: Kind,
     /// When the manifest was written, in seconds since 1970 by the clock of the file system.
     #[serde(serialize_with = "seconds")]
     pub saved: Option<SystemTime>,
-    /// How long that is ago.
+    /// The time since `saved`.
     pub age_seconds: Option<u64>,
-    /// From the first file of its own to the manifest, where the file system knows when files were made.
+    /// The time from the first file that this step wrote to the manifest, if the file system knows when files
+    /// were made.
     pub took_seconds: Option<f64>,
     pub mark: Option<Mark>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -58,19 +60,19 @@ pub struct Row {
     pub said: Option<String>,
 }
 
-/// What lies in a directory of checkpoints.
+/// The contents of a directory of checkpoints.
 pub struct Steps {
-    /// By step.
+    /// The rows, sorted by step.
     pub rows: Vec<Row>,
-    /// Directories that are no steps, by name.
+    /// Directories that are not steps, by name.
     pub left_out: Vec<String>,
 }
 
 impl Steps {
-    /// Looks at the directory `root`.
+    /// Lists the directory `root`.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// When the directory cannot be read.
     pub fn of(catalog: &Catalog, root: &Path) -> Result<Self> {
         let (entries, problems) = catalog.survey()?;
         let marks = catalog.marks().unwrap_or_else(|error| {
@@ -93,7 +95,7 @@ impl Steps {
             rows.push(Row { why, said, ..Row::new(problem.step, problem.path, kind, bytes) });
         }
         let left_out = foreign(root, &mut rows);
-        // A storage that is no directory has no attempts to look at.
+        // A storage that is not a directory has no attempts to list.
         let attempts = catalog.sweep(Sweep::default().dry_run()).map(|swept| swept.left).unwrap_or_default();
         rows.extend(attempts.iter().filter(|left| left.state == State::Live).filter_map(|left| in_flight(root, left)));
         let now = SystemTime::now();
@@ -112,7 +114,7 @@ impl Row {
         Self { step, path, bytes, shared_bytes, complete, state, saved, age_seconds, took_seconds, mark, why, said }
     }
 
-    /// Adds what the file system says.
+    /// Adds sizes and times from the file system.
     fn look(&mut self, now: SystemTime) {
         let mut first: Option<Duration> = None;
         for file in files_in(&self.path) {
@@ -120,7 +122,7 @@ impl Row {
                 && meta.nlink() > 1
             {
                 self.shared_bytes += meta.len();
-                // Another step may have written it.
+                // Another step may have written this file, so its time does not count.
                 continue;
             }
             if let Some(born) = born(&file) {
@@ -129,7 +131,7 @@ impl Row {
         }
         let saved = self.saved.and_then(|saved| saved.duration_since(SystemTime::UNIX_EPOCH).ok());
         if self.state == Kind::Complete {
-            // A copy of a step was born after it was saved.
+            // The files of a copied step are newer than its save: the subtraction then gives None.
             self.took_seconds =
                 first.zip(saved).and_then(|(first, saved)| saved.checked_sub(first)).map(|t| t.as_secs_f64());
         }
@@ -141,8 +143,8 @@ fn mark_of(marks: &[Marked], attempt: Attempt) -> Option<Mark> {
     marks.iter().find(|marked| marked.attempt == attempt).map(|marked| marked.mark)
 }
 
-/// Adds directories that have the name of a step and are none of this library. Returns those without such a
-/// name.
+/// Adds directories that have the name of a step but were not made by this library. Returns the directories
+/// that do not have such a name.
 fn foreign(root: &Path, rows: &mut Vec<Row>) -> Vec<String> {
     let mut left_out = Vec::new();
     for entry in std::fs::read_dir(root).into_iter().flatten().flatten() {
@@ -208,7 +210,7 @@ fn bytes_in(dir: &Path) -> u64 {
     files_in(dir).iter().filter_map(|file| file.metadata().ok()).map(|meta| meta.len()).sum()
 }
 
-/// Returns when a file was made, since 1970, where the file system knows it.
+/// Returns the time since 1970 at which a file was made, if the file system knows it.
 fn born(file: &Path) -> Option<Duration> {
     let stat = rustix::fs::statx(rustix::fs::CWD, file, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BTIME).ok()?;
     let known = stat.stx_mask & StatxFlags::BTIME.bits() != 0;

@@ -23,16 +23,16 @@ pub struct Args {
     what: Vec<String>,
 }
 
-/// The result; `damage` is that of all checkpoints.
+/// The result; `damage` lists the damage of all checkpoints.
 #[derive(Default, Serialize)]
 struct Findings {
     valid: bool,
     checkpoints: Vec<Verified>,
     damage: Vec<Place>,
-    /// A checkpoint could not be examined, for a reason that says nothing about its bytes.
+    /// True when a checkpoint could not be examined, for a reason that says nothing about its bytes.
     #[serde(skip)]
     failed: bool,
-    /// Several checkpoints were asked for.
+    /// True when the user asked for several checkpoints.
     #[serde(skip)]
     several: bool,
 }
@@ -42,10 +42,10 @@ struct Verified {
     step: Option<u64>,
     #[serde(serialize_with = "out::path")]
     path: PathBuf,
-    /// The length of the files that were read, with manifest and tables.
+    /// The length of the files that were read, including manifest and tables.
     bytes: u64,
     valid: bool,
-    /// Every damage is one flipped bit or byte, so that `repair` can undo it.
+    /// True when every damage is one flipped bit or byte, so that `repair` can undo it.
     repairable: bool,
 }
 
@@ -56,19 +56,19 @@ struct Place {
     path: PathBuf,
     file: Option<String>,
     tensor: Option<String>,
-    /// The first byte, and the one after the last.
+    /// The first byte, and the byte after the last.
     range: Option<(u64, u64)>,
     what: String,
-    /// Other steps that have the same file under a name of theirs, and its damage.
+    /// Other steps that share this file under a name of their own, and so its damage.
     shared_with: Vec<u64>,
-    /// What a second reading gave: `same`, `as_written`, `different` or `not_read`.
+    /// The result of a second reading: `same`, `as_written`, `different` or `not_read`.
     again: Option<Again>,
     /// The one flip that explains both digests.
     flip: Option<FlipRow>,
     /// The pages of 4096 bytes in the range, and how many were read as zeros.
     pages: Option<u64>,
     zero_pages: Option<u64>,
-    /// The place and what is wrong, for people.
+    /// The place and the damage, for people.
     #[serde(skip)]
     said: String,
 }
@@ -285,7 +285,7 @@ pub fn shown_path(path: &Path) -> String {
 mod tests {
     use super::*;
 
-    /// `verify` used to fail when `prune` removed a step while it read others.
+    /// `verify` used to fail when `prune` removed a step while `verify` read others.
     #[test]
     fn a_step_that_went_away_is_neither_damage_nor_a_failure() {
         let root = tempfile::tempdir().unwrap();

@@ -1,7 +1,7 @@
-//! `ashore watch`: what happens in a directory of checkpoints, as it happens.
+//! `ashore watch`: reports events in a directory of checkpoints as they happen.
 //!
-//! Nothing is asked of the program that saves: the directory is looked at again and again. A save that ends
-//! between two looks is seen as a step that appeared.
+//! `watch` lists the directory again and again, and needs no help from the program that saves. A save that
+//! begins and ends between two looks is only seen as a step that appeared.
 
 use crate::steps::{Kind, Row, Steps};
 use crate::{Common, age, out, size, when};
@@ -27,7 +27,7 @@ pub struct Args {
     span: Option<Duration>,
 }
 
-/// What happened; with `--json` one on each line.
+/// An event; with `--json` one event on each line.
 #[derive(Debug, PartialEq, Serialize)]
 struct Event {
     event: Happened,
@@ -35,24 +35,24 @@ struct Event {
     bytes: u64,
     /// Seconds from the first file to the manifest.
     took_seconds: Option<f64>,
-    /// Why a step is damaged, or who writes it.
+    /// Why a step is damaged, or which process writes it.
     why: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Happened {
-    /// It was there when the watch began.
+    /// The step was there when the watch began.
     Found,
     Begun,
     Complete,
-    /// An attempt is gone, and there is no step of it.
+    /// An attempt is gone, and did not become a step.
     Failed,
     Damaged,
     Deleted,
 }
 
-/// The last look.
+/// The state of the directory at the last look.
 #[derive(Default)]
 struct Seen {
     steps: BTreeMap<u64, (Kind, u64)>,
@@ -164,13 +164,13 @@ fn tell(common: &Common, event: &Event) -> Result<()> {
     out::print(&out::wrapped(&format!("{}  ", when::clock(SystemTime::now())), &event.shown()))
 }
 
-/// Says the saves in flight, the newest step and the last failure, for the last line of a terminal. `before`
-/// is what the attempts had `elapsed` ago, at the last look.
+/// Describes the saves in flight, the newest step and the last failure, for the last line of a terminal.
+/// `before` has the bytes that the attempts had at the last look, `elapsed` ago.
 fn status(rows: &[Row], seen: &Seen, before: &BTreeMap<PathBuf, (u64, u64)>, elapsed: Option<Duration>) -> String {
     let newest = rows.iter().rfind(|row| row.complete);
     let mut parts = Vec::new();
     for row in rows.iter().filter(|row| row.state == Kind::InFlight) {
-        // The newest step says how long this one becomes.
+        // The length of the newest step predicts the length of this attempt.
         let whole = newest.map_or(0, |newest| newest.bytes).max(1);
         let percent = (100 * row.bytes / whole).min(99);
         let grown = before.get(&row.path).map(|(_, bytes)| row.bytes.saturating_sub(*bytes));

@@ -4,7 +4,8 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use std::time::{Duration, SystemTime};
 
-/// Shows a time in the time zone of this machine: `27 Nov 14:02`, and with the year if it is another.
+/// Shows a time in the time zone of this machine: `27 Nov 14:02`, and with the year if it is not the current
+/// year.
 pub fn shown(time: SystemTime) -> String {
     in_zone(time, SystemTime::now(), &TimeZone::system())
 }

@@ -51,7 +51,7 @@ impl Which {
         }
     }
 
-    /// Opens the checkpoint, or finds the directory of them.
+    /// Opens the checkpoint, or finds the directory of checkpoints.
     pub fn find(which: Option<&Self>, common: &Common) -> Result<Meant> {
         let one = |checkpoint| Ok(Meant::One(Box::new(checkpoint)));
         match which {
@@ -63,7 +63,7 @@ impl Which {
         }
     }
 
-    /// Finds the catalog and the number of a single step, also of one that cannot be opened.
+    /// Finds the catalog and the number of a single step, even if the step cannot be opened.
     ///
     /// # Errors
     /// `Invalid` when no step is named.
@@ -90,7 +90,7 @@ fn step(text: &str) -> Option<u64> {
     text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
 }
 
-/// Returns the step that the name of a directory says.
+/// Returns the step in the name of a directory.
 pub fn step_of(dir: &Path) -> Option<u64> {
     dir.file_name().and_then(|name| name.to_str()).and_then(parse_step_name)
 }
@@ -100,7 +100,7 @@ pub fn is_checkpoint(path: &Path) -> bool {
     step_of(path).is_some() || path.join(MANIFEST).symlink_metadata().is_ok()
 }
 
-/// Opens the newest checkpoint of a directory, and no older one instead.
+/// Opens the newest checkpoint of a directory. If that fails, it opens no older checkpoint.
 pub fn newest(common: &Common, root: &Path) -> Result<Checkpoint> {
     let catalog = common.catalog(root)?;
     let (entries, problems) = catalog.survey()?;

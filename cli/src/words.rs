@@ -5,7 +5,8 @@ use ashore::Error;
 use std::error::Error as _;
 use std::fmt::Write;
 
-/// Says an error and its causes in words: `step 190: its digest does not fit (4.4 kB), in run/manifest.json`.
+/// Formats an error and its causes in words:
+/// `step 190: its digest does not fit (4.4 kB), in run/manifest.json`.
 pub fn of(error: &Error) -> String {
     let mut text = String::new();
     if let Some(step) = error.step() {
@@ -24,7 +25,7 @@ pub fn of(error: &Error) -> String {
     while let Some(source) = cause {
         match source.downcast_ref::<Error>() {
             Some(inner) => {
-                // The path and the step are said once.
+                // The text names the path and the step only once.
                 let _ = write!(text, ": {}", message(inner.message()));
             }
             None => drop(write!(text, ": {source}")),
@@ -34,7 +35,7 @@ pub fn of(error: &Error) -> String {
     out::printable(&text)
 }
 
-/// Says a message in words: its variables, which are last as `key=value`, come in parentheses.
+/// Formats a message in words: its variables, which end the message as `key=value`, are put in parentheses.
 pub fn message(message: &str) -> String {
     let (mut words, mut details, mut after) = (Vec::new(), Vec::<String>::new(), false);
     for token in tokens(message) {
@@ -44,7 +45,7 @@ pub fn message(message: &str) -> String {
                 after = true;
                 continue;
             }
-            // The unit of the number before it.
+            // This word is the unit of the number before it.
             (_, Some(last)) if after && size::UNITS.contains(&token) => *last += &format!(" {token}"),
             _ => words.push(token.to_owned()),
         }
@@ -54,7 +55,7 @@ pub fn message(message: &str) -> String {
     if details.is_empty() { words } else { format!("{words} ({})", details.join(", ")) }
 }
 
-/// Says a digit-grouped number: `5,000,000`.
+/// Formats a number with grouped digits: `5,000,000`.
 pub fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
@@ -67,7 +68,7 @@ pub fn grouped(number: u64) -> String {
     text
 }
 
-/// Says how many: `1 step`, `3 steps`.
+/// Formats a count: `1 step`, `3 steps`.
 pub fn counted(count: usize, what: &str) -> String {
     if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }
@@ -108,7 +109,7 @@ fn tokens(text: &str) -> Vec<&str> {
     tokens
 }
 
-/// `1, 2, 3`.
+/// Formats a list: `1, 2, 3`.
 pub fn listed(numbers: &[impl ToString]) -> String {
     numbers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }

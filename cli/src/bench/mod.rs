@@ -117,14 +117,14 @@ fn milliseconds(text: &str) -> Result<f64, String> {
     number.ok_or_else(|| "milliseconds must be a number, such as 300, of at most one minute".to_owned())
 }
 
-/// Figures in order, for a table and for JSON: name and value.
+/// Names and values of figures, in order, for a table and for JSON.
 pub struct Figures(Vec<(&'static str, Value)>);
 
 /// Runs a benchmark in its own directory under `--dir`, which is deleted afterwards.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let parent = match (&args.root, &common.dir) {
         (None, None) => ".".into(),
-        // A rank has the arguments of the process that started it, and the directory of both.
+        // A rank gets the arguments of the process that started it, and shares its directory.
         (_, Some(dir)) if args.rank.is_some() => dir.clone(),
         (given, _) => common.root_at(given.as_deref())?,
     };
@@ -209,7 +209,7 @@ impl Bench<'_> {
         let Args { writers, files, engine, priority, .. } = self.args;
         let Sizes { arena, chunk } = self.sizes();
         let mut builder = self.home.builder(CheckpointExecutor::builder(self.dir)).arena(arena).chunk(chunk);
-        // The state does not change from save to save, and every save is to write it.
+        // The state does not change from save to save, but every save must write it.
         builder = builder.links(false);
         if let Some(writers) = *writers {
             builder = builder.writers(writers);

@@ -20,7 +20,7 @@ pub struct Sink {
 }
 
 impl Sink {
-    /// Makes one that keeps tables and manifests: they contain the digests of the discarded data.
+    /// Makes a storage that keeps tables and manifests: they contain the digests of the discarded data.
     pub fn with_tables() -> Self {
         Self { kept: Some(Arc::default()) }
     }

@@ -5,7 +5,7 @@ use crate::out::{self, median, quantile};
 use crate::rng::Rng;
 use ashore::Result;
 
-/// Which of the two to measure.
+/// The one of the two to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Turn {
     Limit,

@@ -15,7 +15,7 @@ use std::path::Path;
 
 /// The phase during which training waits.
 const CALL: &str = "save call";
-/// The fewest comparisons of the machine with itself that say what noise is.
+/// The minimum comparisons of the machine with itself that determine the noise.
 const NOISE: usize = 3;
 /// Larger figures are errors of a clock or a division.
 const SANE: f64 = 1e9;
@@ -309,7 +309,8 @@ pub fn chart(name: &str, draw: impl Fn(charts::Size) -> charts::Drawn<String>) -
     }
 }
 
-/// The speed beside the limit, and a note. Where too few pairs decide, only the interval is a result.
+/// Returns the speed relative to the limit, and a note. If there are too few pairs to decide, only the
+/// interval is a result.
 fn beside_limit(ratios: &[f64]) -> (String, String) {
     let estimate = Estimate::of(ratios);
     let Estimate { median, low, high } = estimate;

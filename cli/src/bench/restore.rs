@@ -1,7 +1,7 @@
 //! `ashore bench restore`: complete restores with every byte checked, beside a bare loop over the same files.
 //!
-//! Where a file lies on a disk decides how fast it is read, by more than half. So restore and loop read the
-//! same files in turn, and several steps are saved, which take turns, too.
+//! The position of a file on a disk changes its read speed by more than half. So restore and loop read the
+//! same files in turn. The benchmark saves several steps, which take turns, too.
 
 use super::pairs::{self, Turn};
 use super::usage::{Cpu, Peak, per_gb};

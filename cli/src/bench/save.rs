@@ -1,4 +1,4 @@
-//! `ashore bench save` and `write`: complete saves, or all of a save but the copying, from the call until
+//! `ashore bench save` and `write`: complete saves, or all of a save except the copying, from the call until
 //! durable.
 
 use super::pairs::{self, Pairs, Turn};

@@ -1,4 +1,4 @@
-//! What this process uses: CPU time by thread, and memory.
+//! The resources that this process uses: CPU time by thread, and memory.
 
 use std::fs;
 use std::time::Duration;

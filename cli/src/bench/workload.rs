@@ -114,7 +114,7 @@ impl Workload {
     }
 }
 
-/// Tensors of at least this many bytes are split between ranks; each smaller one is one rank's.
+/// Tensors of at least this many bytes are split between ranks; each smaller tensor belongs to one rank.
 const SPLIT: u64 = 256 << 10;
 
 /// A state in memory, shared with the saves in progress: a whole one, or the share of a rank.
@@ -127,7 +127,7 @@ struct Tensor {
     name: String,
     shape: Vec<usize>,
     data: Data,
-    /// Of a rank's rows: the shape of the whole tensor, and the first row.
+    /// For the rows of a rank: the shape of the whole tensor, and the first row.
     part_of: Option<(Vec<usize>, usize)>,
 }
 
@@ -156,12 +156,13 @@ impl State {
         Self::share(workload, scale, 0, 1)
     }
 
-    /// The share of a rank: its rows of every tensor of at least 256 KiB, and every so manyth of the.
+    /// Makes the share of a rank: its rows of every tensor of at least 256 KiB, and the smaller tensors that
+    /// are assigned to it.
     pub fn share(workload: Workload, scale: f64, rank: usize, world: usize) -> Self {
         Self::share_of(workload.shapes(scale), rank, world)
     }
 
-    /// A state of these tensors.
+    /// Makes a state of these tensors.
     pub fn of(shapes: Vec<Shape>) -> Self {
         Self::share_of(shapes, 0, 1)
     }

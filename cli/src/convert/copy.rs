@@ -1,4 +1,4 @@
-//! Copying a file: from a checkpoint through two slabs, one of which is read into while the other is written.
+//! Copies a file from a checkpoint through two slabs: one is filled while the other is written.
 
 use super::layout::{File, Layout, Part};
 use super::sums::Sums;
@@ -9,10 +9,10 @@ use ashore::{ALIGNMENT, Checkpoint, Error, ErrorKind, Result, Targets};
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-/// Each thread that reads has a buffer of this length.
+/// The length of the buffer of each thread that reads.
 const WINDOW: u64 = 2 << 20;
 
-/// The memory of a conversion, and how many threads read with it.
+/// The memory of a conversion, and the number of threads that read with it.
 #[derive(Debug)]
 pub struct Arena {
     slabs: [AlignedBuffer; 2],
@@ -20,7 +20,7 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// At most a quarter of `bytes` for the threads that read, the rest in two slabs.
+    /// Allocates at most a quarter of `bytes` for the threads that read, and the rest as two slabs.
     ///
     /// # Errors
     /// `Busy` when there is not enough memory.
@@ -46,7 +46,7 @@ struct Piece {
 struct Full {
     slab: AlignedBuffer,
     offset: u64,
-    /// The bytes to digest. Those before it were carried over from the slab before.
+    /// The bytes to digest. The bytes before them were carried over from the previous slab.
     fresh: Range<usize>,
     /// The number of bytes to write.
     write: usize,
@@ -82,7 +82,7 @@ pub fn copy<'f>(
     for (place, slab) in arena.slabs.iter_mut().zip(slabs) {
         *place = slab;
     }
-    // Where the writer failed, the reader has only found out that it is gone.
+    // Return the writer's error first: if the writer failed, the reader only reports that the writer is gone.
     let sums = sums?;
     read?;
     Ok(sums)
@@ -119,7 +119,7 @@ struct Filling<'c> {
 /// The slab that is being filled.
 struct Slab {
     memory: AlignedBuffer,
-    /// Its place in the file.
+    /// The slab's offset in the file.
     offset: u64,
     carried: usize,
     length: usize,
@@ -152,7 +152,7 @@ impl Filling<'_> {
         self.flush(slab, true).map(drop)
     }
 
-    /// Adds all of a box.
+    /// Adds a whole box.
     fn part(&mut self, mut slab: Slab, number: usize, part: &Part) -> Result<Slab> {
         let tensor = &self.layout.tensors[part.tensor];
         let (bits, total) = (tensor.dtype.bitsize() as u64, part.shape.iter().map(|dim| *dim as u64).product::<u64>());
@@ -184,7 +184,7 @@ impl Filling<'_> {
         Ok(slab)
     }
 
-    /// Reads the pieces of a slab and hands it to the writer; returns the next one.
+    /// Reads the pieces of a slab and passes the slab to the writer; returns the next slab.
     fn flush(&mut self, mut slab: Slab, last: bool) -> Result<Slab> {
         let mut targets = Targets::new();
         let mut rest = &mut slab.memory[..];
@@ -213,8 +213,9 @@ impl Filling<'_> {
     }
 }
 
-/// The longest part of a box of `shape` from element `done` on whose elements lie side by side, in at most
-/// `most` bytes: its indices in the box, and the number of its elements. None if not one element fits.
+/// Returns the longest part of a box of `shape` that begins at element `done`, has at most `most` bytes, and
+/// whose elements lie side by side: its indices in the box, and the number of its elements. None if no
+/// element fits.
 fn piece(bits: u64, shape: &[usize], done: u64, most: u64) -> Option<(Vec<Range<usize>>, u64)> {
     if shape.is_empty() {
         return (bits.div_ceil(8) <= most).then(|| (Vec::new(), 1));
@@ -239,8 +240,8 @@ fn piece(bits: u64, shape: &[usize], done: u64, most: u64) -> Option<(Vec<Range<
     None
 }
 
-/// Reads a file that an earlier run wrote, and returns its digests; None if it is not as long as it must be,
-/// or its header is another one.
+/// Reads a file that an earlier run wrote, and returns its digests; None if its length or its header is not
+/// as expected.
 ///
 /// # Errors
 /// When it cannot be read.

@@ -1,14 +1,15 @@
-//! What a conversion writes: which box of which tensor goes to which file, from names, dtypes and shapes.
+//! The layout of a conversion: which box of which tensor goes to which file, from names, dtypes and shapes.
 
 use ashore::internal::format::shard::{HeaderTemplate, index_json, shard_names};
 use ashore::{Checkpoint, Dtype, Error, ErrorKind, Result};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 
-/// A file ends before its header is longer than this, in bytes: readers read all of it first.
+/// The maximum length of a file's header, in bytes. A file ends before that, because readers first read the
+/// whole header.
 const HEADER: u64 = 48 << 20;
 
-/// What is written.
+/// The form of the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
     /// Whole tensors in files and an index, as Hugging Face's tools write them.
@@ -21,13 +22,13 @@ pub enum Form {
 #[derive(Clone, Debug)]
 pub struct Choices {
     pub form: Form,
-    /// The most bytes of tensors in a file with several tensors.
+    /// The maximum bytes of tensors in a file with several tensors.
     pub shard_size: u64,
-    /// Only tensors whose names begin with it.
+    /// Only tensors whose names begin with this prefix are written.
     pub prefix: String,
     /// The prefix is removed from the names.
     pub strip: bool,
-    /// A tensor whose bytes another one has is written again.
+    /// An alias is written with bytes of its own.
     pub copy_aliases: bool,
 }
 
@@ -36,9 +37,9 @@ pub struct Choices {
 pub struct Layout {
     /// In ascending order of their names.
     pub tensors: Vec<Tensor>,
-    /// Of each tensor that has no bytes of its own, the number of the one that has them.
+    /// For each tensor without bytes of its own, the number of the tensor that holds them.
     pub aliases: BTreeMap<usize, usize>,
-    /// Those of rank 0 first.
+    /// The files, those of rank 0 first.
     pub files: Vec<File>,
     /// The bytes of `model.safetensors.index.json`, if it is written.
     pub index: Option<Vec<u8>>,
@@ -117,7 +118,7 @@ impl Layout {
     }
 }
 
-/// The tensors to write, and which of them have the bytes of another one.
+/// Returns the tensors to write, and for each alias among them the tensor that holds its bytes.
 fn chosen(checkpoint: &Checkpoint, choices: &Choices) -> Result<(Vec<Tensor>, BTreeMap<usize, usize>)> {
     let (mut tensors, mut sharing) = (Vec::new(), Vec::new());
     let entries = checkpoint.contents()?.tensors;
@@ -134,9 +135,10 @@ fn chosen(checkpoint: &Checkpoint, choices: &Choices) -> Result<(Vec<Tensor>, BT
         let (source, dtype, shape) = (entry.name.clone(), entry.dtype, entry.shape.clone());
         tensors.push(Tensor { name: name.to_owned(), source, dtype, shape });
     }
-    // The holders of the step first: an alias has the bytes itself only where its holder is not chosen.
+    // The holders of the step come first: an alias holds the bytes itself only if its holder is not chosen.
     sharing.sort_unstable();
-    // Boxes never share bytes, so tensors whose first boxes begin at one place are one tensor of two names.
+    // Boxes never share bytes, so tensors whose first boxes begin at the same place are one tensor with two
+    // names.
     let (mut places, mut aliases) = (HashMap::new(), BTreeMap::new());
     for (_, number, place) in sharing {
         let holder = *places.entry(place).or_insert(number);
@@ -152,8 +154,8 @@ fn bytes(dtype: Dtype, shape: &[usize]) -> u64 {
     ashore::Layout::new(dtype, shape).bytes().unwrap_or_default()
 }
 
-/// What a rank has of a tensor: rows as torch's `Shard(0)` gives them out. Rank 0 has a tensor without a
-/// first dimension, or without elements.
+/// Returns the part of a tensor that a rank has: rows as torch's `Shard(0)` distributes them. Rank 0 has a
+/// tensor that has no first dimension or no elements.
 fn part(tensor: &Tensor, number: usize, rank: u32, world: u32) -> Option<Part> {
     let mut at = vec![0; tensor.shape.len()];
     let mut shape = tensor.shape.clone();
@@ -174,13 +176,13 @@ fn part(tensor: &Tensor, number: usize, rank: u32, world: u32) -> Option<Part> {
     Some(Part { tensor: number, at, shape, bytes })
 }
 
-/// Splits boxes into files of at most `most` bytes; a box that is longer has a file of its own.
+/// Splits boxes into files of at most `most` bytes; a longer box gets a file of its own.
 fn cut(tensors: &[Tensor], parts: impl Iterator<Item = Part>, most: u64) -> Vec<Vec<Part>> {
     let mut runs: Vec<Vec<Part>> = Vec::new();
     let (mut sum, mut header) = (0_u64, 0_u64);
     for part in parts {
         let name = &tensors[part.tensor].name;
-        // More than its entries in the header take, with every character escaped.
+        // An upper bound of the length of its entries in the header, with every character escaped.
         let entry = 14 * name.len() as u64 + 40 * part.at.len() as u64 + 160;
         if runs.is_empty() || sum + part.bytes > most && sum > 0 || header + entry > HEADER && header > 0 {
             runs.push(Vec::new());
@@ -195,7 +197,8 @@ fn cut(tensors: &[Tensor], parts: impl Iterator<Item = Part>, most: u64) -> Vec<
 
 impl File {
     fn new(name: String, rank: u32, tensors: &[Tensor], mut parts: Vec<Part>, sharded: bool) -> Result<Self> {
-        // The largest elements first, so that every tensor is aligned to its own.
+        // The tensors with the largest elements come first, so that every tensor is aligned to its element
+        // size.
         parts.sort_by_key(|part| (Reverse(tensors[part.tensor].dtype.bitsize()), part.tensor));
         let mut end = 0;
         let described: Vec<_> = parts

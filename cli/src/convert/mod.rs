@@ -1,8 +1,8 @@
 //! `ashore convert`: writes a checkpoint in another layout.
 //!
-//! **Memory.** One arena, whatever the size of tensors, and what is known of each tensor.
-//! **Crash.** The output appears by one rename. A run that is killed leaves a hidden attempt beside it, and
-//! the next run with the same arguments goes on with the files in it that are complete.
+//! **Memory.** One arena, whatever the size of the tensors, and an entry for each tensor.
+//! **Crash.** The output appears by one rename. A killed run leaves a hidden attempt beside the output, and
+//! the next run with the same arguments reuses the complete files in it.
 
 mod copy;
 mod layout;
@@ -73,7 +73,7 @@ enum Aliases {
     Copy,
 }
 
-/// What was done.
+/// The result of a conversion.
 #[derive(Serialize)]
 struct Report {
     step: u64,
@@ -85,11 +85,11 @@ struct Report {
     /// Bytes of all files.
     bytes: u64,
     files: Vec<String>,
-    /// How many of them an earlier run had completed.
+    /// The number of files that an earlier run had completed.
     kept: usize,
     /// The output was complete before this run.
     already_complete: bool,
-    /// Names that only readers of `tensors.table` find, because another name has their bytes.
+    /// Names that only readers of `tensors.table` find, because their bytes are stored under another name.
     aliases: Vec<String>,
     /// Values of single ranks for which the output has no place.
     left_out: Vec<LeftOut>,
@@ -101,7 +101,7 @@ struct LeftOut {
     value: String,
 }
 
-/// The least arena: what one thread reads with, and two slabs of 1 MiB.
+/// The minimum arena: the buffer of one reading thread, and two slabs of 1 MiB.
 const LEAST: u64 = 4 << 20;
 
 fn invalid(message: impl Into<String>) -> Error {
@@ -109,7 +109,7 @@ fn invalid(message: impl Into<String>) -> Error {
 }
 
 impl Args {
-    /// The checkpoint, what to write, and where.
+    /// Returns the checkpoint, the form of the output, and its path.
     fn parsed(&self, common: &Common) -> Result<(Checkpoint, Choices, PathBuf)> {
         let mut left = &self.arguments[..];
         let usage = || {
@@ -234,7 +234,7 @@ fn still_written(error: Error) -> Error {
     Error::new(ErrorKind::Conflict, what).with_path(path)
 }
 
-/// Checks that what has the name of the output is this conversion, complete and durable.
+/// Checks that the existing output is this conversion, complete and durable.
 fn is_complete(storage: &Local, path: &Path, name: &str, attempt: Attempt, patience: Duration) -> Result<()> {
     let other = |why: &str| {
         let what = format!("the output exists and is not this conversion: {why}; delete it, or choose another name");
@@ -256,14 +256,14 @@ fn is_complete(storage: &Local, path: &Path, name: &str, attempt: Attempt, patie
         let what = format!("the output is damaged: {} file={:?}; delete it and run again", damage.what, damage.file);
         return Err(Error::new(ErrorKind::Corrupt, what).with_path(path));
     }
-    // The run that published it may have been killed before that was durable.
+    // The run that published the output may have been killed before the publish was durable.
     storage.confirm(name)?;
-    // Deletes the owner record of such a run; what else is wrong with it does not matter here.
+    // Deletes the owner record of such a run. Any other error of this call does not matter here.
     let _ = storage.resume(name, attempt, patience);
     Ok(())
 }
 
-/// Refuses to begin where the file system has not enough space.
+/// Refuses to begin if the file system does not have enough space.
 fn has_room(parent: &Path, layout: &Layout, kept: &Kept) -> Result<()> {
     let names: u64 = layout.tensors.iter().map(|tensor| 3 * tensor.name.len() as u64 + 300).sum();
     // Tables and the index, and a digest for each 8 MiB.
@@ -281,11 +281,12 @@ fn has_room(parent: &Path, layout: &Layout, kept: &Kept) -> Result<()> {
     Err(Error::new(ErrorKind::NoSpace, format!("{what} {sizes}")).with_path(place))
 }
 
-/// The values of all ranks, those of single ranks, and those for which there is no place.
+/// Returns the values of all ranks, the values of single ranks, and the values for which the output has no
+/// place.
 fn values(checkpoint: &Checkpoint, form: Form) -> Result<(Values, BTreeMap<u32, Values>, Vec<LeftOut>)> {
     let mut shared = checkpoint.manifest().values.clone();
     let mut of_ranks: BTreeMap<u32, Values> = BTreeMap::new();
-    // Where a session has one rank, its shards are named as those of a process that saved alone.
+    // If a session has one rank, its shards have the same names as those of a process that saved alone.
     let of = |name: &str| rank_of(name).or((checkpoint.world() == 1 && name != INDEX).then_some(0));
     for (number, file) in checkpoint.contents()?.files.iter().enumerate() {
         // The values of a rank are beside its first file.
@@ -294,7 +295,7 @@ fn values(checkpoint: &Checkpoint, form: Form) -> Result<(Values, BTreeMap<u32, 
         }
     }
     if form == Form::Hf && checkpoint.world() == 1 {
-        // A process that saves alone has its own values among those of all.
+        // A process that saves alone keeps its own values among the values of all ranks.
         shared.extend(of_ranks.remove(&0).unwrap_or_default());
     }
     let ranks = if let Form::Ranks(ranks) = form { ranks } else { 0 };

@@ -1,8 +1,8 @@
-//! Writing the files of a conversion into one attempt, which a later run can go on with.
+//! Writes the files of a conversion into one attempt, which a later run can continue.
 //!
-//! Beside each shard stands the table of its rows, written when the shard is durable: it says that the shard
-//! is complete, and has the digests to check it by. In a step of one rank these tables are deleted before the
-//! publish.
+//! Beside each shard stands the table of its rows, written once the shard is durable. The table shows that
+//! the shard is complete, and has the digests to check the shard. In a step of one rank these tables are
+//! deleted before the publish.
 
 use super::copy::{Arena, check, copy};
 use super::layout::{File, Form, Layout};
@@ -23,7 +23,7 @@ use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-/// How often the attempt shows other hosts that its owner lives.
+/// The interval at which the attempt shows other hosts that its owner is alive.
 const TOUCH: Duration = Duration::from_secs(120);
 
 /// Values by name.
@@ -59,7 +59,7 @@ impl Complete {
     }
 }
 
-/// The files that an earlier run completed, by their numbers.
+/// The files that an earlier run completed, by file number.
 #[derive(Default)]
 pub struct Kept(BTreeMap<usize, Complete>);
 
@@ -68,7 +68,7 @@ impl Kept {
         self.0.len()
     }
 
-    /// The bytes that they have on disk.
+    /// Returns the bytes of these files on disk.
     pub fn bytes(&self) -> u64 {
         self.0.values().map(|file| file.entry.length).sum()
     }
@@ -79,12 +79,13 @@ impl Output<'_> {
         Stamp::new(self.checkpoint.step(), self.attempt)
     }
 
-    /// True where the tables of rows stay beside the shards.
+    /// True if the tables of rows stay beside the shards.
     fn split(&self) -> bool {
         self.form != Form::Hf
     }
 
-    /// What the table beside a file holds of values: those of its rank, in the rank's first file.
+    /// Returns the values for the table beside a file: those of its rank beside the rank's first file, else
+    /// none.
     fn values_of(&self, number: usize) -> Values {
         let file = &self.layout.files[number];
         let first = number == 0 || self.layout.files[number - 1].rank != file.rank;
@@ -103,11 +104,12 @@ impl Output<'_> {
     }
 
     /// Checks the files that an earlier run left: every byte against the digests in the table of its rows, or
-    /// in the table of the step, and the header against what it must be. Deletes what is not complete.
+    /// in the table of the step, and the header against the expected header. Deletes files that are not
+    /// complete.
     pub fn check(&self, attempt: &Resumable, arena: &mut Arena) -> Result<Kept> {
         let left = attempt.list()?;
         let has = |name: &str| left.iter().any(|file| file == name);
-        // An earlier run may have got as far as the publish, for which it deletes the tables of rows.
+        // An earlier run may have reached the publish, before which it deletes the tables of rows.
         let (mut kept, mut assembled) = (BTreeMap::new(), !self.split() && has(MANIFEST));
         for (number, file) in self.layout.files.iter().enumerate() {
             let name = FileRow::rows_name(&file.name);
@@ -130,7 +132,8 @@ impl Output<'_> {
         let mut good = BTreeSet::new();
         for (complete, table, _) in kept.values() {
             attempt.adopt(&complete.entry.name)?;
-            // Also where it is gone: the next run finds no manifest, and keeps only files that have a table.
+            // Write the table even if it is gone: the next run finds no manifest, and keeps only files that
+            // have a table.
             attempt.rewrite(&complete.table.name, table)?;
             good.extend([&complete.entry.name, &complete.table.name]);
         }
@@ -138,7 +141,7 @@ impl Output<'_> {
         Ok(Kept(kept.into_iter().map(|(number, (complete, ..))| (number, complete)).collect()))
     }
 
-    /// A file that an earlier run left, if its bytes are what they must be, and the table of its rows.
+    /// Returns a file that an earlier run left, if its bytes are as expected, and the table of its rows.
     fn checked(&self, attempt: &Resumable, number: usize, arena: &mut Arena) -> Result<Option<(Complete, Vec<u8>)>> {
         let (file, stamp) = (&self.layout.files[number], self.stamp());
         let Some(sums) = check(attempt.open(&file.name)?.as_ref(), (file, &stamp), arena, self.done)? else {
@@ -194,7 +197,7 @@ impl Output<'_> {
             (self.done)(bytes);
             let mut last = last.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             if last.elapsed() > TOUCH {
-                // Only hosts that cannot see the lock judge by it.
+                // Only hosts that cannot see the lock judge by the time of the record.
                 let _ = storage.touch();
                 *last = Instant::now();
             }
@@ -239,7 +242,8 @@ impl Output<'_> {
         Ok(Assembled { others, tables, bytes })
     }
 
-    /// The files that are neither shards nor tables: the index, and the values of ranks without a shard.
+    /// Returns the files that are neither shards nor tables: the index, and the values of ranks without a
+    /// shard.
     fn others(&self) -> Result<Vec<(String, Vec<u8>)>> {
         let mut others: Vec<_> = self.layout.index.iter().map(|index| (INDEX.to_owned(), index.clone())).collect();
         let has_shard = |rank: u32| self.layout.files.binary_search_by_key(&rank, |file| file.rank).is_ok();
@@ -252,11 +256,11 @@ impl Output<'_> {
     }
 }
 
-/// All files of a step but its shards and the manifest.
+/// All files of a step except its shards and the manifest.
 struct Assembled {
     others: Vec<(String, Vec<u8>)>,
     tables: Vec<(Vec<u8>, TableEntry)>,
-    /// The length of all files but the manifest.
+    /// The length of all files except the manifest.
     bytes: u64,
 }
 
@@ -275,7 +279,7 @@ fn same(attempt: &Resumable, file: &str, expected: &[u8]) -> Result<bool> {
 /// the files of an earlier one.
 pub fn attempt_of(checkpoint: &Checkpoint, choices: &str) -> Result<Attempt> {
     let source = checkpoint.attempt().to_string();
-    // Another version of the program may lay files out otherwise.
+    // Another version of the program may use another layout.
     let text = format!("convert {} {} {source} {choices}", env!("CARGO_PKG_VERSION"), step_name(checkpoint.step()));
     let digest = Digest::of(text.as_bytes()).to_bits();
     // A UUID of version 8: half of it from the choices, the rest from the attempt that is converted.

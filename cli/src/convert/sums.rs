@@ -28,7 +28,7 @@ impl Run {
         Self { length, done: 0, digest: Digest::EMPTY, blocks: Vec::new() }
     }
 
-    /// Takes bytes that are all of this run.
+    /// Takes bytes that all belong to this run.
     fn feed(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let room = usize::try_from(BLOCK - self.done % BLOCK).unwrap_or(usize::MAX);
@@ -46,7 +46,7 @@ impl Run {
 }
 
 impl<'f> Sums<'f> {
-    /// Those of no bytes.
+    /// Returns the digests of no bytes.
     pub fn new(file: &'f File) -> Self {
         let parts = file.parts.iter().map(|part| Run::new(part.bytes)).collect();
         Self { file, header: Run::new(file.header.len()), parts, at: 0 }
@@ -70,8 +70,8 @@ impl<'f> Sums<'f> {
         }
     }
 
-    /// The file, number `number` of the step, as tables describe it: its entry, and for each box the number
-    /// of its tensor, in ascending order.
+    /// Returns file `number` of the step as tables describe it: its entry, and for each box the number of its
+    /// tensor, in ascending order.
     pub fn finish(self, number: usize) -> (FileEntry, Vec<(u32, SliceEntry)>) {
         let header = self.header.digest;
         let (name, length, data) = (self.file.name.clone(), self.file.length, self.header.length);

@@ -142,12 +142,12 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     Ok(if report.verified() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// How long a run takes whose steps are not given, and the most steps of it.
+/// The time of a run if the user gives no number of steps, and the maximum number of its steps.
 const FITTING: Duration = Duration::from_secs(7);
 const STEPS_MAX: u64 = 200;
 
-/// Returns how many steps fit some 10 s: each is trained twice, and some again for the proof. At least three
-/// saves are made.
+/// Returns how many steps fit into some 10 s. The demo trains each step twice, and some steps again for the
+/// proof. It makes at least three saves.
 fn fitting(trial: &mut Trainer<'_>, every: u64) -> Result<u64> {
     let step = trial.training().step;
     trial.advance(step + 1)?;
@@ -221,8 +221,8 @@ pub struct Proof {
     pub recomputed: Option<bool>,
 }
 
-/// Restores the newest step, compares it with the copy of the saved state, and trains on from it. Tells each
-/// check when it is done.
+/// Restores the newest step, compares it with the copy of the saved state, and continues training from it.
+/// Reports each check when it is done.
 fn prove(
     executor: &CheckpointExecutor,
     twin: &mut Trainer<'_>,

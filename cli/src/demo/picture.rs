@@ -57,7 +57,7 @@ fn draw(block: &Block) -> Drawn<String> {
         let gap = end / 900.0;
         chart.draw_series(bars.iter().map(|(lane, (from, to), ink)| {
             let top = f64::from(LANE) * *lane as f64 + 10.0;
-            // Bars too short to see become slivers; a gap separates neighbours.
+            // A bar that is too short to see is drawn as a sliver; a gap separates neighbours.
             let to = (to - gap).max(from + gap);
             Rectangle::new([(*from, top), (to, top + f64::from(LANE) - 20.0)], ink.rgb().filled())
         }))?;

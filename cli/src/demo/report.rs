@@ -13,7 +13,7 @@ use std::fmt;
 use std::path::Path;
 use std::time::Duration;
 
-/// What is known before training begins.
+/// The facts that are known before training begins.
 pub struct Opening<'a> {
     pub root: &'a Path,
     pub home: &'a Home,
@@ -27,7 +27,7 @@ pub struct Opening<'a> {
     pub resumed: bool,
 }
 
-/// What was timed during training.
+/// The times measured during training.
 #[derive(Default)]
 pub struct Measured {
     /// Steps, and their time without and with saves: full blocks after the first.
@@ -69,12 +69,13 @@ impl Measured {
         median(self.pairs().iter().map(|pair| ms(time(pair)) / pair.steps as f64))
     }
 
-    /// The median cost of saves, as a part of a step without.
+    /// Returns the median cost of saves, as a fraction of the time of a step without saves.
     fn overhead(&self) -> f64 {
         median(self.overheads())
     }
 
-    /// How far the middle half of the pairs is from their median; of few pairs, how far any is.
+    /// Returns the distance of the middle half of the pairs from their median; for few pairs, the distance of
+    /// any pair.
     fn noise(&self) -> f64 {
         let q = if self.pairs().len() < 4 { 0.0 } else { 0.25 };
         let (low, high) = (quantile(self.overheads(), q), quantile(self.overheads(), 1.0 - q));
@@ -158,7 +159,7 @@ impl Trained {
         self.saves.last().map(|save| save.committed.mode)
     }
 
-    /// Says what was measured.
+    /// Formats the measurements.
     fn figures(&self, bytes: u64) -> String {
         let Measured { limits, .. } = &self.measured;
         let (without, with) = (self.measured.step_ms(|pair| pair.without), self.measured.step_ms(|pair| pair.with));
@@ -200,9 +201,9 @@ impl Trained {
     }
 }
 
-/// Says what saves cost a step, if that can be told from noise: `no cost visible within +-15 %`.
+/// Describes the cost of saves per step, if it can be told from noise: `no cost visible within +-15 %`.
 fn cost(overhead: f64, noise: f64) -> String {
-    // Saving cannot make training faster: what looks so is noise, too.
+    // Saving cannot make training faster: a negative cost is noise, too.
     let noise = noise.max(-overhead);
     if overhead <= noise {
         format!("no cost visible within \u{b1}{:.1} %, the noise of this measurement", 100.0 * noise)
@@ -211,12 +212,12 @@ fn cost(overhead: f64, noise: f64) -> String {
     }
 }
 
-/// Says one thing, behind its name, at the width of the screen.
+/// Formats one item after its name, at the width of the screen.
 fn line(name: &str, text: &str) -> String {
     out::wrapped(&format!("{name:<11}"), text)
 }
 
-/// Says a check that was made.
+/// Formats the result of a check.
 pub fn tick(held: bool, what: &str) -> String {
     out::wrapped(if held { "[x] " } else { "[ ] FAILED " }, what)
 }
@@ -227,7 +228,7 @@ impl Opening<'_> {
         (!self.home.simulated()).then_some(figure)
     }
 
-    /// Says what was trained and measured.
+    /// Formats the training and its measurements.
     pub fn trained(&self, trained: &Trained) -> String {
         let mean = |part: &[f32]| part.iter().sum::<f32>() / part.len().max(1) as f32;
         let end = trained.curve.len().min(10);
@@ -243,7 +244,7 @@ impl Opening<'_> {
         text + "\n"
     }
 
-    /// Says which step was restored.
+    /// Formats the step that was restored.
     pub fn restored(&self, step: u64, time: Duration, path: &Path) -> String {
         let time = self.timed(ms(time)).map_or_else(String::new, |ms| format!(" in {ms:.1} ms"));
         let path =

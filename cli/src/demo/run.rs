@@ -1,4 +1,4 @@
-//! The training loop with checkpoints, as a user would write it, and the same loop without.
+//! The training loop with checkpoints, as a user would write it, and the same loop without checkpoints.
 
 use super::PATIENCE;
 use super::resident::Resident;
@@ -88,10 +88,10 @@ pub struct Run<'a> {
     pub trainer: Trainer<'a>,
     /// Every save so far.
     pub saved: Vec<Saved>,
-    /// What each call of `advance` did, for the picture.
+    /// The blocks, one for each call of `advance`, for the picture.
     pub blocks: Vec<Block>,
     executor: &'a CheckpointExecutor,
-    /// The step `start` was restored.
+    /// True when the step `start` was restored.
     resumed: bool,
     start: u64,
     every: u64,
@@ -105,7 +105,7 @@ pub struct Saved {
     pub committed: Committed,
 }
 
-/// What the training thread does in a part of a step.
+/// The activity of the training thread in a part of a step.
 #[derive(Clone, Copy)]
 pub enum Activity {
     Compute,
@@ -150,7 +150,7 @@ impl<'a> Run<'a> {
         Self { trainer, saved: Vec::new(), blocks: Vec::new(), executor, resumed, start, every, goal }
     }
 
-    /// How many threads write.
+    /// Returns the number of threads that write.
     pub fn writers(&self) -> usize {
         self.executor.settings().writers
     }

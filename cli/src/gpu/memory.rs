@@ -179,7 +179,7 @@ impl Pinned {
             .map_err(refused("cuMemcpyHtoDAsync"))
     }
 
-    /// Waits for the stream and returns the bytes.
+    /// Waits for the stream, then returns the bytes.
     ///
     /// # Errors
     /// `Device`.

@@ -1,5 +1,5 @@
-//! What a training program does on a GPU without the library: its own memory, streams, kernels and graphs,
-//! with cudarc. It shares only the device's primary context with the library, as any framework does.
+//! The GPU side of a training program without the library: its own memory, streams, kernels and graphs,
+//! through cudarc. It shares only the device's primary context with the library, as any framework does.
 
 mod driver;
 mod kernels;

@@ -39,7 +39,8 @@ impl Stream {
         self.inner.synchronize().map_err(refused("cuStreamSynchronize"))
     }
 
-    /// Captures what `queue` queues in the stream as a graph, which keeps `spans`: everything it accesses.
+    /// Captures the work that `queue` queues in the stream as a graph. The graph keeps `spans`: all memory
+    /// that it accesses.
     ///
     /// # Errors
     /// `Device`.
@@ -75,7 +76,7 @@ impl Event {
         self.inner.record(&stream.inner).map_err(refused("cuEventRecord"))
     }
 
-    /// Waits until it is reached.
+    /// Waits until the event is reached.
     ///
     /// # Errors
     /// `Device`.
@@ -117,7 +118,7 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // Wait: other streams may own the spans and free them.
+        // Wait for the graph, because other streams may own the spans and free them.
         self.stream.context().record_err(self.stream.synchronize());
     }
 }

@@ -122,8 +122,8 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// Opens a fresh file without a name, so that none remains however the program ends. Fresh, because
-    /// overwriting an old file would be up to a third faster than any program can write new ones.
+    /// Opens a fresh file without a name, so that no file remains however the program ends. The file is fresh
+    /// because overwriting an old file would be up to a third faster than any program can write new files.
     pub fn new(dir: &Path, bytes: u64) -> Result<Self> {
         Self::opened(dir, bytes, |how| nameless(dir, how))
     }
@@ -164,7 +164,7 @@ impl Scratch {
     }
 }
 
-/// Files that exist, to be read by a bare loop.
+/// Existing files, which a bare loop reads.
 pub struct Existing(Vec<Scratch>);
 
 impl Existing {
@@ -180,13 +180,13 @@ impl Existing {
             let bytes = path.metadata().map_err(failed)?.len();
             let flags = OFlags::RDONLY | OFlags::CLOEXEC;
             let shard = Scratch::opened(&path, bytes, |how| open(&path, flags | how, Mode::empty()))?;
-            // Direct reads are of whole blocks: the last, partial one is left out.
+            // Direct reads need whole blocks: the last, partial block is left out.
             shards.push(Scratch { bytes: bytes - bytes % ALIGNMENT, ..shard });
         }
         Ok(Self(shards))
     }
 
-    /// Reads them, one after the other.
+    /// Reads the files, one after the other.
     pub fn read(&self, config: &Config, memory: &mut Memory) -> Result<Limit> {
         self.read_some(u64::MAX, config, memory)
     }
@@ -224,8 +224,8 @@ pub fn attempt(dir: &Path) -> PathBuf {
     dir.join(".limit.tmp")
 }
 
-/// Writes fresh files of these lengths and makes them durable; their names are made so by [`publish`], or by
-/// [`sync_names`]. Returns when the last byte was written.
+/// Writes fresh files of these lengths and makes them durable; [`publish`] or [`sync_names`] makes their
+/// names durable. Returns the time when the last byte was written.
 pub fn write_files(
     attempt: &Path,
     name: &str,

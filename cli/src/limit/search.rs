@@ -1,5 +1,5 @@
-//! Finds the fastest loop on this disk: tries every engine, size and depth briefly, then the best of them
-//! again.
+//! Finds the fastest loop on this disk: tries every engine, size and depth briefly, then tries the best of
+//! them again.
 
 use super::{Config, Direction, Engine, Existing, Memory, Scratch, attempt, checkpoint};
 use crate::out::{self, median, quantile};
@@ -38,8 +38,8 @@ pub fn search(dir: &Path, bytes: u64, direction: Direction, memory: &mut Memory)
     })
 }
 
-/// As [`search`], for reading these sets of files of `bytes` bytes each, which take turns: where a file lies
-/// decides which loop reads it fastest.
+/// Like [`search`], for reading. These sets of files, of `bytes` bytes each, take turns, because the position
+/// of a file on the disk decides which loop reads it fastest.
 pub fn search_existing(sets: &[Existing], bytes: u64, memory: &mut Memory) -> Result<Vec<Found>> {
     let mut sets = sets.iter().cycle();
     best(bytes, |config, bytes| {
@@ -48,11 +48,11 @@ pub fn search_existing(sets: &[Existing], bytes: u64, memory: &mut Memory) -> Re
     })
 }
 
-/// The loops of [`compare`], and what they have written.
+/// The loops of [`compare`], and the bytes that they have written.
 pub struct Compared {
-    /// In the order of [`Compared::CONFIGS`], of which the first is always there.
+    /// The loops in the order of [`Compared::CONFIGS`]; the first is always present.
     pub loops: Vec<Spread>,
-    /// From the last byte until durable, of each measurement.
+    /// For each measurement, the time from the last byte until durable.
     pub tails: Vec<Duration>,
     pub written: u64,
 }
@@ -65,12 +65,12 @@ pub struct Spread {
     pub low: f64,
     pub bytes_per_second: f64,
     pub high: f64,
-    /// How often it was measured.
+    /// The number of its measurements.
     pub times: usize,
 }
 
 impl Compared {
-    /// The loop of an executor's default settings, and loops that differ from it in one way each.
+    /// The loop of an executor's default settings, and loops that each differ from it in one way.
     pub const CONFIGS: &[Config] = &[
         Config::threads(8 << 20, 4),
         Config::threads(8 << 20, 1),
@@ -85,7 +85,7 @@ impl Compared {
     /// The maximum bytes of all measurements.
     pub const MOST: u64 = 4 << 30;
     const ROUNDS: u64 = 4;
-    /// The fewest bytes of a measurement, of a slow disk.
+    /// The minimum bytes of a measurement, for a slow disk.
     const LEAST: u64 = 4 << 20;
 }
 
@@ -104,10 +104,10 @@ pub fn compare(dir: &Path, time: Duration, memory: &mut Memory, go_on: impl Fn()
     let probed = measure(&configs[0], Compared::LEAST)?;
     let each = configs.len() as u64 * Compared::ROUNDS;
     let share = (probed * time.as_secs_f64()) as u64 / each;
-    // The most are as many as the deepest loop has in flight.
+    // The maximum is the number of bytes that the deepest loop has in flight.
     let bytes = share.clamp(Compared::LEAST, Compared::MOST / each) >> 20 << 20;
     for round in 0..Compared::ROUNDS {
-        // A round of a loop each; the second goes backwards, because the disk drifts.
+        // A round runs each loop once; the second round runs them in reverse order, because the disk drifts.
         for i in 0..configs.len() {
             let i = if round % 2 == 0 { i } else { configs.len() - 1 - i };
             match measure(&configs[i], bytes) {

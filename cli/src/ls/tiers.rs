@@ -13,7 +13,7 @@ use std::process::ExitCode;
 #[derive(Serialize)]
 struct Row {
     step: u64,
-    /// The directories have different attempts: one of them was redone elsewhere.
+    /// True when the directories have different attempts: the step was saved again elsewhere.
     fork: bool,
     copies: Vec<Copy>,
 }
@@ -23,7 +23,7 @@ struct Row {
 struct Copy {
     #[serde(serialize_with = "out::path")]
     root: PathBuf,
-    /// None: it is not there, or cannot be opened.
+    /// None if the step is not there, or cannot be opened.
     attempt: Option<Attempt>,
     bytes: u64,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,10 +1,11 @@
 //! Writes repaired steps: first the step itself, then those that share its damaged files.
 //!
-//! **Protocol.** An attempt beside the step gets every file of the step: a damaged one as a copy with the
-//! flips undone, the others as links or clones where the file system can, else as copies. The attempt is read
-//! from the medium and compared with every digest, and exchanged with the step. A step that shares a damaged
-//! file gets an attempt of its own files and the repaired one in the same way.
-//! **Crash.** Each step is the old one or the repaired one, both whole.
+//! **Protocol.** An attempt beside the step gets every file of the step: a damaged file as a copy with the
+//! flips undone, the others as links or clones if the file system supports them, else as copies. The program
+//! reads the attempt from the medium, compares it with every digest, and exchanges it with the step. For a
+//! step that shares a damaged file, it makes an attempt from the step's own files and the repaired file in
+//! the same way.
+//! **Crash.** Each step is either the old step or the repaired step, both whole.
 
 use super::{Change, Repair, Shared};
 use crate::out;
@@ -16,7 +17,7 @@ use ashore::{ALIGNMENT, Attempt, Checkpoint, Error, ErrorKind, Result};
 use std::fs::File;
 use std::path::Path;
 
-/// The bytes that are copied at once.
+/// The number of bytes that are copied at once.
 const WINDOW: usize = 4 << 20;
 
 /// Shorter files are written whole.
@@ -35,7 +36,7 @@ pub(super) fn home(path: &Path) -> Result<(Local, String)> {
 }
 
 /// Writes a repaired copy beside the step, verifies it, and gives it the step's name. `saved` is the attempt
-/// that it must be, if its manifest could be read.
+/// that the step must have, if its manifest could be read.
 pub(super) fn write(repair: &Repair, bytes: u64, saved: Option<Attempt>) -> Result<()> {
     let (local, name) = home(&repair.path)?;
     let bar = out::progress(2 * bytes);
@@ -60,7 +61,7 @@ pub(super) fn write(repair: &Repair, bytes: u64, saved: Option<Attempt>) -> Resu
     })
 }
 
-/// Gives a step that shares damaged files of the step at `repaired` the repaired ones.
+/// Gives the repaired files of the step at `repaired` to a step that shares its damaged files.
 pub(super) fn give(repaired: &Path, shared: &Shared) -> Result<()> {
     let (local, name) = home(repaired)?;
     let good = local.open(&name)?;
@@ -80,11 +81,12 @@ pub(super) fn give(repaired: &Path, shared: &Shared) -> Result<()> {
     })
 }
 
-/// Replaces the step `name` by an attempt that `fill` makes out of it.
+/// Replaces the step `name` by an attempt that `fill` makes from it.
 fn replace(local: &Local, name: &str, fill: impl FnOnce(&dyn Reading, &Resumable) -> Result<()>) -> Result<()> {
-    // Another process may have published it, and not durably: its files are linked.
+    // Make the step durable first, because its files are linked and another process may have published it not
+    // durably.
     local.confirm(name)?;
-    // It stays open until the publish, which compares identities.
+    // The step stays open until the publish, which compares identities.
     let from = local.open(name)?;
     let attempt = local.begin_replacement(name, Attempt::new())?;
     match fill(from.as_ref(), &attempt).and_then(|()| attempt.replace(from.as_ref())) {
@@ -96,7 +98,7 @@ fn replace(local: &Local, name: &str, fill: impl FnOnce(&dyn Reading, &Resumable
     }
 }
 
-/// Gives the attempt the file `source`: itself or a clone if it needs no changes, else a copy.
+/// Gives the attempt the file `source`: a link or a clone if the file needs no changes, else a copy.
 fn place(
     source: &dyn FileReading,
     file: &str,
@@ -109,7 +111,8 @@ fn place(
         Adopted::Cloned => {}
         _ => copy_file(source, file, attempt, buffer, changes)?,
     }
-    // Retention takes the step that was written last for the head of the run: a repair is not a new save.
+    // Keep the times: retention treats the step that was written last as the head of the run, and a repair is
+    // not a new save.
     let Some(modified) = source.modified() else { return Ok(()) };
     let path = attempt.path().join(file);
     let set = File::options().write(true).open(&path).and_then(|file| file.set_modified(modified));

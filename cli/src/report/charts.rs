@@ -8,13 +8,14 @@ use ashore::internal::run_log::SaveLine;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, VPos};
 
-/// The most marks of a chart: beyond that, columns of pixels have a least and a greatest one.
+/// The maximum number of marks of a chart. Beyond that, each column of pixels shows only its least and its
+/// greatest mark.
 const MARKS: usize = 1800;
 
-/// From when to when, and in which ink.
+/// Begin, end and ink of a bar.
 type Bar = ((f64, f64), Ink);
 
-/// Draws one save beside training: what waits, copies, writes and commits, over time.
+/// Draws one save beside training: waiting, copying, writing and committing over time.
 pub fn one_save(save: &SaveLine, interval: f64, size: Size) -> Drawn<String> {
     const LANE: f64 = 64.0;
     let whole = seconds(save.ended).max(1e-6);
@@ -99,7 +100,7 @@ pub fn stalls(facts: &Facts, size: Size) -> Drawn<String> {
     })
 }
 
-/// Keeps of each column the least and the greatest mark, if there are more marks than `most`.
+/// Keeps only the least and the greatest mark of each column if there are more than `most` marks.
 fn thinned(all: &[(f64, f64)], last: f64, most: usize) -> Vec<(f64, f64)> {
     if all.len() <= most {
         return all.to_vec();

@@ -1,4 +1,4 @@
-//! What the logs of a run say: counts, quantiles, what is at risk, and which settings would help.
+//! Facts from the logs of a run: counts, quantiles, the work at risk, and settings that would help.
 
 use super::words::{saves, thousands, time};
 use crate::out::quantile;
@@ -7,7 +7,7 @@ use ashore::internal::run_log::{Ended, Head, Run, SaveLine};
 /// Waits below this are not worth a warning, in microseconds.
 const WORTH: u64 = 1000;
 
-/// What is known of a run, from its logs alone. Times are in seconds.
+/// The facts about a run, from its logs alone. Times are in seconds.
 #[derive(Debug, Default)]
 pub struct Facts {
     /// The first line of the newest log.
@@ -17,24 +17,24 @@ pub struct Facts {
     /// Number of executors, and how many of them ended without a last line.
     pub sessions: usize,
     pub unclosed: usize,
-    /// The newest executor has ended in order.
+    /// True when the newest executor has ended in order.
     pub closed: bool,
-    /// How long the executors ran, together.
+    /// How long the executors ran in total.
     pub active: f64,
-    /// When the run began and was last heard of, in microseconds since 1970.
+    /// The times of the first and the last sign of the run, in microseconds since 1970.
     pub from: u64,
     pub to: u64,
-    /// How long training waited, all together.
+    /// How long training waited in total.
     pub stalled: f64,
-    /// Between the calls of two saves, the median.
+    /// The median time between the calls of two saves.
     pub interval: f64,
-    /// The most training that was not durable at any time.
+    /// The maximum training time that was not durable at any moment.
     pub worst: f64,
     /// Lines that could not be read, or were never written.
     pub unread: u64,
 }
 
-/// A warning: what was seen, and the setting that helps.
+/// A warning: the observation, and the setting that helps.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Warning {
     pub what: String,
@@ -75,13 +75,13 @@ pub fn gather(runs: Vec<Run>) -> Facts {
     facts
 }
 
-/// When a save ended, in microseconds since 1970.
+/// Returns the time when a save ended, in microseconds since 1970.
 pub fn end(save: &SaveLine) -> u64 {
     save.at.saturating_add(save.ended)
 }
 
-/// The longest time between the call of a durable save and the moment at which the next one was durable: the
-/// training that a crash right before that moment would have lost.
+/// Returns the longest time from the call of a durable save until the next save was durable. A crash right
+/// before that moment would have lost this much training.
 fn at_risk(saves: &[SaveLine]) -> f64 {
     let durable: Vec<_> = saves.iter().filter(|save| save.end == Ended::Durable).collect();
     let lost = durable.windows(2).map(|two| end(two[1]).saturating_sub(two[0].at));
@@ -133,7 +133,7 @@ impl Facts {
         durable.get(durable.len().saturating_sub(1) / 2).copied()
     }
 
-    /// From which stall on a save is listed by itself: ten times the median, and at least 10 ms.
+    /// Returns the least stall of a save that is listed separately: ten times the median, and at least 10 ms.
     pub fn outlier(&self) -> f64 {
         (self.stall(0.5) * 10.0).max(0.01)
     }
@@ -146,7 +146,8 @@ impl Facts {
         found
     }
 
-    /// How much of its limit each part of a save uses, as shares of time. What is nearest to 1 decides.
+    /// Returns how much of its limit each part of a save uses, as shares of time. The part nearest to 1 is
+    /// the bottleneck.
     pub fn loads(&self) -> Vec<(&'static str, f64, String)> {
         let writers = self.head.settings.as_ref().map_or(1, |settings| settings.writers).max(1) as f64;
         let median = |share: &dyn Fn(&SaveLine) -> (u64, f64)| {
@@ -176,7 +177,7 @@ impl Facts {
         ]
     }
 
-    /// What went wrong or could go better, and the setting that helps.
+    /// Returns problems and possible improvements, each with the setting that helps.
     pub fn warnings(&self) -> Vec<Warning> {
         let mut found = Vec::new();
         let mut warn = |what: String, advice: &str| found.push(Warning { what, advice: advice.to_owned() });

@@ -39,7 +39,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What is on a page, in numbers.
+/// The contents of a page, in numbers.
 #[derive(Serialize)]
 pub struct Written {
     #[serde(serialize_with = "out::path")]
@@ -56,7 +56,7 @@ pub struct Written {
 /// Writes the page of the run in `root`.
 ///
 /// # Errors
-/// `NotFound` without a log; when a log cannot be read, or the page not be written.
+/// `NotFound` without a log; other errors when a log cannot be read, or the page cannot be written.
 pub fn write(root: &Path, output: &Path) -> Result<Written> {
     let facts = facts::gather(read(root)?);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

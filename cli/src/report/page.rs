@@ -9,7 +9,7 @@ use crate::size;
 use ashore::internal::run_log::SaveLine;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-/// The most rows of a list.
+/// The maximum rows of a list.
 const ROWS: usize = 12;
 /// The share of the run's time that the verdict calls affordable.
 const AFFORDABLE: f64 = 0.01;
@@ -17,13 +17,13 @@ const AFFORDABLE: f64 = 0.01;
 pub struct Page<'a> {
     /// The run, as the user named it.
     pub name: String,
-    /// When the page is made, in microseconds since 1970.
+    /// The time when the page is made, in microseconds since 1970.
     pub now: u64,
     pub facts: &'a Facts,
 }
 
 impl Page<'_> {
-    /// The conclusion, in one sentence or two.
+    /// Returns the conclusion, in one or two sentences.
     pub fn verdict(&self) -> String {
         let facts = self.facts;
         let durable = facts.durable().count();
@@ -103,7 +103,7 @@ impl Page<'_> {
         }
     }
 
-    /// What a crash would lose now.
+    /// Describes the work that a crash would lose now.
     fn lost_now(&self) -> String {
         let facts = self.facts;
         let Some(newest) = facts.newest() else { return "Nothing could be restored.".to_owned() };
@@ -283,7 +283,7 @@ fn speed(save: &SaveLine) -> f64 {
     save.written_bytes as f64 / seconds(save.written - save.write_at)
 }
 
-/// What a save made training wait for most.
+/// Returns the part of a save for which training waited longest.
 fn cause(save: &SaveLine) -> &'static str {
     let parts = [
         (save.queue, "earlier saves, in the call"),

@@ -1,4 +1,4 @@
-//! What follows from the figures: settings with their reasons, and how often to save. Only arithmetic.
+//! Derives settings with their reasons, and how often to save, from the figures. It only does arithmetic.
 
 use crate::limit::{Engine, Spread, shown as loop_shown};
 use crate::size;
@@ -8,7 +8,7 @@ use serde::Serialize;
 
 /// A loop replaces the default one if it is this much faster.
 const FASTER: f64 = 1.1;
-/// So often both must have been measured.
+/// The number of measurements that both loops need.
 const TIMES: usize = 3;
 /// The arena is a multiple of this.
 const ARENA_STEP: u64 = 64 << 20;
@@ -25,14 +25,14 @@ pub struct Setting {
     pub why: String,
 }
 
-/// The settings, as the library has them and with their reasons.
+/// The settings, as the library's type and as a list with reasons.
 pub struct Settled {
     pub settings: Settings,
     pub list: [Setting; 4],
 }
 
 /// Chooses settings: `loops` has the default loop first, `tail` is the longest time from the last byte until
-/// durable in seconds, and `memory` is what the machine has to spare.
+/// durable in seconds, and `memory` is the free memory of the machine.
 pub fn settings(loops: &[Spread], tail: f64, memory: u64) -> Settled {
     let mut settings = Settings::default();
     let (default, best) = (loops[0], best(loops));
@@ -42,7 +42,7 @@ pub fn settings(loops: &[Spread], tail: f64, memory: u64) -> Settled {
         settings.engine = ashore::Engine::Uring;
     }
     let rate = |spread: &Spread| format!("{}/s", size::shown(spread.bytes_per_second as u64));
-    // Loops differ from the default one in one way each.
+    // Each loop differs from the default loop in one way.
     let why = |tried: &str, same: bool| {
         if !same {
             let (best, default) = (rate(&best), rate(&default));
@@ -89,8 +89,8 @@ pub fn settings(loops: &[Spread], tail: f64, memory: u64) -> Settled {
     Settled { settings, list }
 }
 
-/// The fastest loop, if it is faster than the default one beyond noise: by a tenth, and the middle halves of
-/// their rates do not meet.
+/// Returns the fastest loop if it is faster than the default loop beyond noise: by a tenth, with middle
+/// halves of their rates that do not overlap.
 fn best(loops: &[Spread]) -> Spread {
     let default = loops[0];
     let faster = |one: &&Spread| {
@@ -101,8 +101,8 @@ fn best(loops: &[Spread]) -> Spread {
     fastest.copied().unwrap_or(default)
 }
 
-/// The arena takes what the disk writes during the longest commit, and what the writers hold; it is not below
-/// the default, and at most a quarter of the memory.
+/// The arena holds the bytes that the disk writes during the longest commit, and those that the writers hold.
+/// It is at least the default and at most a quarter of the memory.
 fn arena(settings: &Settings, rate: f64, tail: f64, memory: u64) -> (u64, String) {
     let held = settings.chunk * (settings.writers as u64 + 2);
     let arrives = (rate * tail) as u64;
@@ -119,7 +119,7 @@ fn arena(settings: &Settings, rate: f64, tail: f64, memory: u64) -> (u64, String
     (wanted, why)
 }
 
-/// What the caller wants.
+/// The requirements of the caller.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Wanted {
     /// The share of the time that saves may take: 0.01 is 1 %.
@@ -132,7 +132,7 @@ pub struct Wanted {
     pub step: Option<f64>,
 }
 
-/// What decided how often to save.
+/// The requirement that determined how often to save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum By {
@@ -148,17 +148,18 @@ pub struct Interval {
     pub decided: By,
     /// How long training waits for a save.
     pub stall_seconds: f64,
-    /// The stall costs exactly the share that it may.
+    /// The interval at which the stall costs exactly the allowed share.
     pub budget_seconds: f64,
-    /// Young's optimum: saves and repeated work cost the least together.
+    /// Young's optimum: the interval at which saves and repeated work together cost the least.
     pub young_seconds: Option<f64>,
-    /// A save is durable before the next one begins, and the drive takes no more a day than it may.
+    /// The shortest interval at which a save is durable before the next one begins, and the drive gets no
+    /// more bytes a day than allowed.
     pub disk_seconds: f64,
-    /// Of `disk_seconds`: what the bytes of a day need.
+    /// The part of `disk_seconds` that follows from the bytes of a day.
     pub daily_seconds: Option<f64>,
-    /// Work that a failure loses on average: half of an interval, and what is not durable yet.
+    /// Work that a failure loses on average: half of an interval, and the work that is not durable yet.
     pub lost_seconds: f64,
-    /// In steps, if the time of one is known.
+    /// The interval in steps, if the time of a step is known.
     pub steps: Option<u64>,
 }
 
@@ -203,7 +204,7 @@ pub fn environment(list: &[Setting]) -> String {
     each.collect::<Vec<_>>().join(" ")
 }
 
-/// Says a loop in words, with its rate.
+/// Describes a loop in words, with its rate.
 pub fn disk(spread: &Spread) -> String {
     format!("{}/s", size::shown(spread.bytes_per_second as u64)) + ", " + &loop_shown(&spread.config)
 }

@@ -16,11 +16,11 @@ use std::time::{Duration, Instant};
 
 /// The maximum bytes of one measured save.
 pub const SAVE_MOST: u64 = 1 << 30;
-/// Saves after the first, which plans and touches memory that later ones reuse.
+/// The number of saves after the first. The first save plans and touches memory that later saves reuse.
 pub const SAVES: usize = 3;
-/// Commits of a small file.
+/// The number of commits of a small file.
 const COMMITS: usize = 20;
-/// The sizes of copies across the bus are a chunk and this.
+/// The size of long copies across the bus; the other size is a chunk.
 const LONG: u64 = 64 << 20;
 /// The block of a digest.
 const BLOCK: usize = 8 << 20;
@@ -37,7 +37,7 @@ pub fn commits(dir: &Path, time: Duration, memory: &mut Memory, interrupt: &Inte
     Ok((tails, written))
 }
 
-/// Returns the rates of one thread that copies memory, and that digests it.
+/// Returns the rates at which one thread copies memory, and digests it.
 pub fn memory(time: Duration, interrupt: &Interrupt) -> Result<(f64, f64)> {
     let block = vec![1_u8; BLOCK];
     let (began, mut copies, mut digests) = (Instant::now(), Vec::new(), Vec::new());

@@ -1,8 +1,8 @@
-//! `ashore tune`: measures the disk of a directory, memory, bus and a real save for some 20 s, and says which
-//! settings suit them and how often to save.
+//! `ashore tune`: measures the disk of a directory, memory, bus and a real save for some 20 s, and recommends
+//! settings and how often to save.
 //!
-//! The loops are those of `ashore bench`, and so is the state that is saved. Everything is written in one
-//! directory below the given one, which is deleted at the end, also after an interrupt.
+//! It uses the loops and the saved state of `ashore bench`. It writes everything in one directory below the
+//! given one, and deletes that directory at the end, also after an interrupt.
 
 mod advice;
 mod measure;
@@ -65,7 +65,7 @@ fn positive(text: &str) -> Result<f64, String> {
     number.ok_or_else(|| "this must be a positive number, such as 0.5".to_owned())
 }
 
-/// What was measured, and what follows from it.
+/// The measurements, and the advice that follows from them.
 #[derive(Serialize)]
 pub struct Report {
     #[serde(serialize_with = "out::path")]
@@ -81,17 +81,17 @@ pub struct Report {
     pub interval: Interval,
 }
 
-/// The state that is meant, and how much of it was saved.
+/// The state that the user wants to save, and how much of it was saved.
 #[derive(Serialize)]
 pub struct Saved {
     pub bytes: u64,
     pub tensors: u64,
-    /// Where the shape is from.
+    /// The source of the shape.
     pub source: String,
     pub saved_bytes: u64,
 }
 
-/// The figures. Those of a save are scaled up to the whole state.
+/// The figures. The figures of a save are scaled up to the whole state.
 #[derive(Serialize)]
 pub struct Measured {
     pub seconds: f64,
@@ -143,7 +143,7 @@ impl Shapes {
     }
 }
 
-/// Measures, and prints what follows.
+/// Measures, and prints the advice.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let root = common.root_at(args.root.as_deref())?;
     on_disk(&root)?;
@@ -169,7 +169,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Measuring would slow a save down, and would be slowed down by it.
+/// Refuses to measure while a save runs: each would slow the other down.
 fn refuse_saves_in_flight(common: &Common, root: &Path) -> Result<()> {
     let rows = Steps::of(&common.catalog(root)?, root)?.rows;
     match rows.iter().find(|row| row.state == Kind::InFlight) {
@@ -208,8 +208,8 @@ fn shapes(common: &Common, args: &Args, root: &Path) -> Result<Shapes> {
     Ok(Shapes { bytes, source: format!("as in step {}", checkpoint.step()) })
 }
 
-/// A run keeps a step until the next one is durable. What the newest step of the root takes is room that a
-/// run has already.
+/// Checks the free space: a run keeps a step until the next one is durable, so it needs space for two. The
+/// space of the newest step of the root counts as available, because the run has it already.
 fn fits(common: &Common, root: &Path, bytes: u64) -> Result<()> {
     let newest = common.catalog(root)?.latest()?;
     let there: u64 = newest
@@ -342,9 +342,9 @@ struct Save {
 }
 
 impl Save {
-    /// Returns the times of a save of `bytes`: writing takes as long as its bytes need. Tensors are free when
-    /// the last byte is in the arena, which is ahead of the disk by its size; `staging` bytes a second get
-    /// there.
+    /// Returns the times of a save of `bytes`. Writing time grows with the bytes. Tensors are free when the
+    /// last byte is in the arena, which is ahead of the disk by its size; bytes reach the arena at `staging`
+    /// bytes a second.
     fn scaled(self, bytes: u64, arena: u64, staging: f64) -> Self {
         if bytes <= self.bytes {
             return self;

@@ -25,9 +25,10 @@ fn the_longest_of_budget_young_and_disk_decides_how_often_to_save() {
     assert_eq!(decided(0.02, 1.0, wanted(0.01, None, None)), (By::Budget, 2.0));
     let (by, seconds) = decided(0.02, 8.0, wanted(0.01, Some(28_800.0), None));
     assert!(by == By::Young && (seconds - 33.94).abs() < 0.01, "{by:?} {seconds}");
-    // Time to durable is not what training waits: it is a floor, and does not enter Young's formula.
+    // Training does not wait for the time to durable: that time is a lower bound, and is not part of Young's
+    // formula.
     assert_eq!(decided(0.02, 60.0, wanted(0.01, Some(28_800.0), None)), (By::Disk, 60.0));
-    // A save that holds training up for 8 s: the budget is stricter than Young.
+    // A save that blocks training for 8 s: the budget is stricter than Young.
     assert_eq!(decided(8.0, 8.0, wanted(0.01, Some(28_800.0), None)), (By::Budget, 800.0));
     let (by, seconds) = decided(8.0, 8.0, wanted(0.05, Some(28_800.0), None));
     assert!(by == By::Young && (seconds - 678.8).abs() < 0.1, "{by:?} {seconds}");

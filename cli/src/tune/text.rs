@@ -1,4 +1,4 @@
-//! What `ashore tune` prints.
+//! The output of `ashore tune`.
 
 use super::advice::{By, Interval, Setting, disk};
 use super::{Report, Wanted};

@@ -13,7 +13,7 @@ const BYTES_MAX: u64 = 4 << 30;
 /// Maximum measurements of each loop.
 const ROUNDS_MAX: u32 = 12;
 
-/// Pinned memory if only the copy rate matters: pinning more takes seconds.
+/// The amount of pinned memory if only the copy rate matters: pinning more takes seconds.
 pub const RING: u64 = 1 << 30;
 
 /// The direction of the copies.
@@ -52,7 +52,7 @@ const fn to_and_fro(name: &'static str, way: Way, registered: bool, chunked: boo
     Loop { name, way: Some(way), registered, chunked }
 }
 
-/// The others are compared with the first.
+/// The loops. The others are compared with the first.
 const LOOPS: [Loop; 9] = [
     to_and_fro("d2h_bytes_per_second", Way::ToHost, false, false),
     to_and_fro("d2h_chunked_bytes_per_second", Way::ToHost, false, true),

@@ -68,7 +68,7 @@ impl<'a> Checking<'a> {
     }
 }
 
-/// Opens what a sink has kept of a save: its table and its manifest.
+/// Opens the table and the manifest that a sink has kept of a save.
 fn index(kept: &[Vec<u8>]) -> Result<Index> {
     let (table, manifest) = (kept.first().cloned().unwrap_or_default(), kept.last().map_or(&[][..], Vec::as_slice));
     Index::new(Sealed::parse(manifest)?, Box::new(Arc::new(InMemory::new("tensors.table", table))))

@@ -1,4 +1,4 @@
-//! The processes of the ranks, as the first process starts, orders and ends them.
+//! The processes of the ranks: the first process starts them, gives them orders and ends them.
 
 use super::words::{Answer, Order};
 use ashore::{Error, ErrorKind, Result};
@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-/// Ranks that have met.
+/// Rank processes that have met.
 pub struct Crew(Vec<Rank>);
 
 struct Rank {
@@ -17,8 +17,8 @@ struct Rank {
 }
 
 impl Crew {
-    /// Starts this program once for each rank, with the arguments of this process and what makes it a rank.
-    /// Returns what each says when they have met.
+    /// Starts this program once for each rank, with the arguments of this process and those that make it a
+    /// rank. Returns the answer of each rank once they have met.
     pub fn start(dir: &Path, world: u32) -> Result<(Self, Vec<Answer>)> {
         let failed = |e| Error::io("cannot start a rank", e);
         let program = std::env::current_exe().map_err(failed)?;
@@ -44,7 +44,7 @@ impl Crew {
         let lines = lines.collect::<Result<Vec<_>, _>>();
         let lines = lines.map_err(|e| Error::new(ErrorKind::Internal, "cannot write an order").with_source(e))?;
         for (rank, line) in self.0.iter_mut().zip(lines) {
-            // What a rank that has ended had to say is read below.
+            // Ignore the error: the last answer of a rank that has ended is read below.
             let _ = rank.orders.write_all(line.as_bytes());
         }
         self.answers()
@@ -70,7 +70,7 @@ impl Crew {
 
 impl Drop for Crew {
     fn drop(&mut self) {
-        // Ranks that have left end by themselves at the end of their orders.
+        // Ranks that have left end by themselves when their orders end.
         for rank in &mut self.0 {
             let _ = rank.child.kill();
             let _ = rank.child.wait();

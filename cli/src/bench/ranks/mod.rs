@@ -18,15 +18,15 @@ use std::path::Path;
 use std::time::Duration;
 use words::{Answer, Order, Saved, Written, now};
 
-/// The bytes of memory of a plain loop, of all ranks together.
+/// The bytes of memory that the plain loops of all ranks use together.
 const MEMORY: u64 = 256 << 20;
-/// How many plain loops are tried again, and how often.
+/// How many plain loops are tried again, and how many times.
 const AGAIN: usize = 2;
 
-/// What the files of a step are, as the ranks wrote them.
+/// The lengths of the files of a step, as the ranks wrote them.
 struct Lengths {
     of_ranks: Vec<Vec<u64>>,
-    /// What rank 0 wrote last: structure, table of files and manifest.
+    /// The files that rank 0 wrote last: structure, table of files and manifest.
     rest: u64,
 }
 
@@ -68,7 +68,7 @@ pub fn run(bench: &Bench<'_>, world: u32) -> Result<Figures> {
     figures(bench, &met, &lengths, &saves, &limits, &measured, config, &left)
 }
 
-/// Saves by all ranks; returns what each saw.
+/// Makes all ranks save; returns what each rank saw.
 fn one_save(crew: &mut Crew, step: &mut u64) -> Result<Vec<Saved>> {
     *step += 1;
     let step = *step;
@@ -76,7 +76,7 @@ fn one_save(crew: &mut Crew, step: &mut u64) -> Result<Vec<Saved>> {
     crew.order(|_| Order::Save { step })?.into_iter().map(of).collect()
 }
 
-/// Writes the same files plainly by all ranks, and publishes them by this process.
+/// Makes all ranks write the same files plainly; this process publishes them.
 fn one_limit(
     bench: &Bench<'_>,
     crew: &mut Crew,
@@ -100,7 +100,7 @@ fn one_limit(
     Ok(Limit { bytes, time, tail, mode })
 }
 
-/// Returns the plain loop with which all ranks together are fastest: tries each, then the best again.
+/// Returns the plain loop with which all ranks together are fastest: tries each loop, then the best again.
 fn search(bench: &Bench<'_>, crew: &mut Crew, lengths: &Lengths, memory: &mut Memory) -> Result<Config> {
     let mut tried = Vec::new();
     for config in candidates(lengths.of_ranks.len() as u64) {
@@ -146,7 +146,7 @@ impl Lengths {
     }
 }
 
-/// The rank that writes a file of a step; None for what describes the step.
+/// Returns the rank that writes a file of a step; None for files that describe the step.
 fn rank_of(name: &str) -> Option<usize> {
     match name.strip_prefix("shard-") {
         Some(numbered) => numbered.split('-').next()?.parse().ok(),
@@ -162,7 +162,7 @@ fn between(from: u64, to: u64) -> Duration {
     Duration::from_nanos(to.saturating_sub(from))
 }
 
-/// The seconds from the first rank's call until the last rank knows that the step is durable.
+/// Returns the seconds from the first rank's call until the last rank knows that the step is durable.
 fn durable(saved: &[Saved]) -> f64 {
     since_first(saved, |s| s.durable)
 }

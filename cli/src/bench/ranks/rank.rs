@@ -1,4 +1,4 @@
-//! One rank: a process that the first one started, and that does what it orders.
+//! One rank: a process that the first process started, and that carries out its orders.
 
 use super::words::{Answer, Order, Saved, Written, clock, nanos, now};
 use crate::bench::usage::{Cpu, Peak};
@@ -30,7 +30,7 @@ pub fn serve(bench: &Bench<'_>, world: u32, told: &[String]) -> Result<()> {
         }
         Ok(())
     });
-    // The first process says it.
+    // The first process reports the error.
     ended.or_else(|error| out::json(&Answer::Failed(format!("{error:#}"))))
 }
 
@@ -109,8 +109,8 @@ impl<'a> Rank<'a> {
     }
 }
 
-/// The coordinator of a rank, which notes when the last receipt of a save came to rank 0, and when rank 0
-/// told the outcome.
+/// The coordinator of a rank. It notes when the last receipt of a save reached rank 0, and when rank 0 sent
+/// the outcome.
 #[derive(Debug)]
 struct Timed {
     ranks: Box<dyn Coordinator>,

@@ -1,5 +1,5 @@
-//! What the first process orders on a rank's stdin, and what the rank answers on its stdout: a line of JSON
-//! each. Times are nanoseconds of the clock that all processes of a machine share.
+//! The orders of the first process on a rank's stdin, and the answers of the rank on its stdout: a line of
+//! JSON each. Times are nanoseconds of the clock that all processes of a machine share.
 
 use crate::limit::Config;
 use ashore::IoMode;
@@ -13,7 +13,7 @@ pub enum Order {
     Save { step: u64 },
     /// Write files of these lengths plainly.
     Write { files: Vec<u64>, config: Config },
-    /// Leave.
+    /// Leave the ranks.
     End,
 }
 
@@ -37,7 +37,8 @@ pub struct Saved {
     pub stage_cpu: Duration,
     pub rest_cpu: Duration,
     pub io: IoMode,
-    /// On rank 0: when the last receipt came, and when the step was durable, before that was told.
+    /// On rank 0: when the last receipt arrived, and when the step was durable, before rank 0 sent the
+    /// outcome.
     pub last_receipt: Option<u64>,
     pub published: Option<u64>,
 }
@@ -50,13 +51,13 @@ pub struct Written {
     pub io: IoMode,
 }
 
-/// Now, by the clock of the machine.
+/// Returns the current time, by the clock of the machine.
 pub fn now() -> u64 {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
-/// An instant of this process, by the clock of the machine.
+/// Converts an instant of this process to the clock of the machine.
 pub fn clock(instant: Instant) -> u64 {
     now().saturating_sub(nanos(instant.elapsed()))
 }

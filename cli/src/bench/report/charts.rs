@@ -16,7 +16,7 @@ const POINTS: usize = 240;
 pub const AXIS: u32 = 60;
 const LETTERS: i32 = 30;
 
-/// The size of a chart. A page has each chart twice, and shows the one that fits the screen.
+/// The size of a chart. A page has each chart in two sizes, and shows the one that fits the screen.
 #[derive(Clone, Copy)]
 pub struct Size {
     pub width: u32,
@@ -46,7 +46,7 @@ pub fn phases(saves: &[Timeline], of: Size) -> Drawn<String> {
     let row_height = LANE * names.len() as f64 + 24.0;
     let height = row_height * rows.len() as f64;
     let end = latest(&rows);
-    // Phases too short to see become slivers.
+    // A phase that is too short to see is drawn as a sliver.
     let sliver = end * 5.0 / f64::from(of.width - of.left - of.right);
     canvas(of, height as u32 + AXIS + 20, |area| {
         let mut chart = lanes(area, of, Margins { top: 10, right: of.right }, end, height)?;
@@ -140,7 +140,7 @@ pub fn ratios(ours: &[f64], noise: &[f64], of: Size) -> Drawn<String> {
         .filter(|(_, values, _)| !values.is_empty())
         .map(|(name, values, ink)| (name, values, ink, stacked(values, low, (high - low) / BINS)))
         .collect();
-    // Dots are as wide as their bin, or as flat as the tallest stack requires.
+    // Dots are as wide as their bin, or as low as the tallest stack requires.
     let tallest = panels.iter().flat_map(|(.., dots)| dots).map(|(_, level)| level + 1).max().unwrap_or(1) as f64;
     let dot = (f64::from(of.width - of.left / 2 - of.right) / BINS).min(240.0 / tallest);
     let top = (tallest * dot + 20.0).max(110.0).round();
