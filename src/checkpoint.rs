@@ -20,17 +20,17 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-/// How often an open starts over when the step is replaced or pruned meanwhile.
+/// How often an open tries a step that is replaced or pruned meanwhile.
 const ATTEMPTS: usize = 8;
 
 /// An open step. Its contents stay readable even if the step is replaced or pruned meanwhile.
 ///
 /// Opening reads the manifest, the beginning of its tables and the first 4096 bytes of each shard, but no
-/// tensor data: it checks that every file has its length, and that no file belongs to another step or
-/// attempt. Of a step of more than 1000 files each is opened and checked when something in it is read. What
-/// the step contains is looked up in tables that are checked as they are read, and tensor bytes are checked
-/// against their digests when they are read; [`Checkpoint::verify`] checks everything. What was looked up
-/// stays in memory. Clones are cheap and share the open files.
+/// tensor data. It checks that every file has its length, and that no file belongs to another step or
+/// attempt. If a step has more than 1000 files, each file is opened and checked when something in it is first
+/// read. Tables and tensor bytes are checked against their digests when they are read; [`Checkpoint::verify`]
+/// checks everything. The results of look-ups in tables stay in memory. Clones are cheap and share the open
+/// files.
 ///
 /// ```
 /// use ashore::{Checkpoint, CheckpointExecutor, HostTensor, StateDict, Targets};
@@ -61,7 +61,7 @@ pub struct Checkpoint {
     /// The device that copies to targets in device memory.
     pub(crate) device: Option<Arc<dyn Device>>,
     pub(crate) timeout: Duration,
-    /// The tier that it was found in, behind the first.
+    /// The tier in which the step was found, if that tier is behind the first.
     pub(crate) tier: Option<Arc<str>>,
 }
 
@@ -94,7 +94,7 @@ impl Checkpoint {
     /// no executor and no arena, and writes nothing.
     ///
     /// # Errors
-    /// `NotFound` when there is no such directory, or nothing in it belongs to a checkpoint; `Corrupt`,
+    /// `NotFound` when there is no such directory, or nothing in it belongs to a checkpoint. `Corrupt`,
     /// naming the file, when the manifest contradicts itself, a file is missing or has another length, or a
     /// shard belongs to another step or attempt.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
@@ -135,17 +135,17 @@ impl Checkpoint {
                     let (opened, device) = (Arc::new(opened), None);
                     return Ok(Self { opened, threads: THREADS, device, timeout: RESTORE_TIMEOUT, tier: None });
                 }
-                // The step was replaced or pruned while its files were opened, and they are being deleted:
-                // open the name again.
+                // The step was replaced or pruned while its files were opened, and its files are being
+                // deleted. Open the name again.
                 Err(Failure::Gone(_)) if tries < ATTEMPTS => tries += 1,
                 Err(failure) => return Err(failure),
             }
         }
     }
 
-    /// Reads with up to `threads` threads, including the caller's. Default: 32, and at most one for each 4
-    /// MiB. Each uses a buffer of 2 MiB while it reads. A storage across a network may ask for fewer threads
-    /// and longer buffers.
+    /// Reads with up to `threads` threads, including the caller's. Default: 32, and at most one thread for
+    /// each 4 MiB. Each thread uses a buffer of 2 MiB while it reads. A storage across a network may ask for
+    /// fewer threads and longer buffers.
     pub fn with_threads(mut self, threads: usize) -> Self {
         self.threads = threads.max(1);
         self
@@ -183,39 +183,39 @@ impl Checkpoint {
         self.manifest().attempt
     }
 
-    /// The number of ranks that wrote it.
+    /// The number of ranks that wrote the step.
     pub fn world(&self) -> u32 {
         self.manifest().world
     }
 
-    /// The path under which it was opened.
+    /// The path under which the step was opened.
     pub fn path(&self) -> &Path {
         &self.opened.path
     }
 
-    /// The tier in which the executor found this copy; None: its own root, or there are no
-    /// [tiers](crate::tiers).
+    /// The tier in which the executor found this copy. None if the copy is in the executor's own root, or if
+    /// there are no [tiers](crate::tiers).
     pub fn tier(&self) -> Option<&str> {
         self.tier.as_deref()
     }
 
-    /// The name of its directory.
+    /// The name of the step's directory.
     pub fn name(&self) -> &str {
         &self.opened.name
     }
 
-    /// The total length of its files, including the manifest.
+    /// The total length of the step's files in bytes, including the manifest.
     pub fn bytes(&self) -> u64 {
         self.opened.bytes
     }
 
-    /// When it was written, by the clock of the storage; None if unknown. A copy of a step may have another
-    /// time.
+    /// When the step was written, by the clock of the storage; None if unknown. A copy of a step may have
+    /// another time.
     pub fn modified(&self) -> Option<SystemTime> {
         self.opened.modified
     }
 
-    /// The manifest: which save it is, and its values.
+    /// The manifest, which identifies the save and holds its values.
     #[doc(hidden)]
     pub fn manifest(&self) -> &Manifest {
         self.opened.index.manifest()
@@ -230,8 +230,8 @@ impl Checkpoint {
         Ok(Contents { files, tensors })
     }
 
-    /// The values of the rank that wrote file number `file`: in the table beside the file, or, of a rank that
-    /// wrote no tensor, in the file.
+    /// The values of the rank that wrote file number `file`. They are in the table beside the file. If the
+    /// rank wrote no tensor, they are in the file itself.
     #[doc(hidden)]
     pub fn values_beside(&self, file: usize) -> Result<BTreeMap<String, serde_json::Value>> {
         let row = self.opened.index.file(file).map_err(|e| self.unlisted(e))?;
@@ -243,7 +243,7 @@ impl Checkpoint {
         self.opened.index.values_beside(file).map_err(|e| self.unlisted(e))
     }
 
-    /// Checks all tables, name by name and row by row, and no tensor's bytes.
+    /// Checks all tables, name by name and row by row. Does not read tensor bytes.
     #[doc(hidden)]
     pub fn check_tables(&self) -> Result<()> {
         self.opened.index.check().map_err(|e| self.unlisted(e))
@@ -252,7 +252,7 @@ impl Checkpoint {
     /// Every tensor, sorted by name. Their descriptions stay in memory.
     ///
     /// # Errors
-    /// `Corrupt`, naming the file, when what the step says of a tensor is not what was written.
+    /// `Corrupt`, naming the file, when the stored description of a tensor is not what was written.
     pub fn tensors(&self) -> Result<impl ExactSizeIterator<Item = TensorInfo<'_>> + use<'_>> {
         self.with_prefix("")
     }
@@ -286,7 +286,7 @@ impl Checkpoint {
         found.into_iter().zip(names).map(|(entry, name)| entry.ok_or_else(|| self.missing("tensor", name))).collect()
     }
 
-    /// Adds the step to an error of a table, which names its own path.
+    /// Adds the step to an error of a table. The error of a table names its own path.
     pub(crate) fn unlisted(&self, error: Error) -> Error {
         if error.path().is_some() { error.with_step(self.step()) } else { self.located(error) }
     }
@@ -294,18 +294,19 @@ impl Checkpoint {
     /// Decodes the value `name`, without reading tensor data.
     ///
     /// # Errors
-    /// `NotFound` when there is none, `Invalid` when it is not a `T`; both name the value and the path.
+    /// `NotFound` when there is no such value, `Invalid` when the value is not a `T`. Both errors name the
+    /// value and the path.
     pub fn value<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         self.decode("value", name, self.manifest().values.get(name))
     }
 
     /// Decodes the value `name` that rank `rank` kept for itself: see
-    /// [`StateDict::rank_value`](crate::StateDict::rank_value). A step that one process saved alone has them
-    /// among its [values](Checkpoint::value).
+    /// [`StateDict::rank_value`](crate::StateDict::rank_value). In a step that one process saved alone, they
+    /// are among its [values](Checkpoint::value).
     ///
     /// # Errors
-    /// `NotFound` when that rank kept none; `Invalid` when it is not a `T`, or there is no such rank;
-    /// `Corrupt` when what the step says of it is not what was written.
+    /// `NotFound` when that rank kept no such value. `Invalid` when the value is not a `T`, or there is no
+    /// such rank. `Corrupt` when the stored value is not what was written.
     pub fn rank_value<T: DeserializeOwned>(&self, rank: u32, name: &str) -> Result<T> {
         let world = self.world();
         if rank >= world {
@@ -316,23 +317,23 @@ impl Checkpoint {
             return self.value(name);
         }
         let files = self.opened.index.all_files().map_err(|e| self.unlisted(e))?;
-        // Where a session has one rank, its shards are named as those of a process that saved alone.
+        // A session of one rank names its shards like a process that saves alone.
         let of = |name: &str| rank_of(name).or((world == 1).then_some(0));
         let first = files.iter().position(|file| of(&file.entry.name) == Some(rank));
         let values = first.map_or_else(|| Ok(BTreeMap::new()), |file| self.values_beside(file))?;
         self.decode("value", name, values.get(name))
     }
 
-    /// Decodes the value `name` of every rank that kept one for itself, by the number of the rank: for a job
-    /// that goes on with another number of ranks, and has to share them out.
+    /// Decodes the value `name` of every rank that kept one for itself; the keys of the map are rank numbers.
+    /// For a job that goes on with another number of ranks and has to redistribute these values.
     ///
     /// # Errors
-    /// `NotFound` when no rank kept one; otherwise as [`Checkpoint::rank_value`].
+    /// `NotFound` when no rank kept such a value; otherwise as [`Checkpoint::rank_value`].
     pub fn rank_values<T: DeserializeOwned>(&self, name: &str) -> Result<BTreeMap<u32, T>> {
         if self.world() == 1 {
             return Ok([(0, self.rank_value(0, name)?)].into());
         }
-        // A rank's values are with its first file.
+        // The values of a rank are stored with its first file.
         let mut firsts = BTreeMap::new();
         for (number, file) in self.opened.index.all_files().map_err(|e| self.unlisted(e))?.iter().enumerate() {
             if let Some(rank) = rank_of(&file.entry.name).filter(|rank| *rank < self.world()) {
@@ -399,9 +400,11 @@ impl<'a> TensorInfo<'a> {
     }
 }
 
-/// Threads spend most of their time waiting for the storage, and fast storage needs many requests at once: 64
-/// MiB in flight with this many threads. Few bytes are read by fewer. `docs/tuning.md` has the measurements.
+/// Threads spend most of their time waiting for the storage, and fast storage needs many requests at once.
+/// This many threads have 64 MiB in flight. Fewer threads read when there are few bytes. `docs/tuning.md` has
+/// the measurements.
 const THREADS: usize = 32;
 
-/// Like a fence's timeout: a stream may have a lot of work queued before a restore's copies.
+/// As long as the timeout of a fence, because a stream may have a lot of work queued before a restore's
+/// copies.
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(600);

@@ -7,8 +7,7 @@ use std::sync::Arc;
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What the caller can do about an [`Error`]. A new kind is added only where the caller would act
-/// differently.
+/// What the caller can do about an [`Error`]. A new kind is added only if callers would act differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -70,7 +69,7 @@ impl Error {
         Self(Arc::new(Inner { kind, message: message.into(), step: None, ranks: Vec::new(), path: None, source: None }))
     }
 
-    /// Creates an error from a system call's; the kind follows from the error code.
+    /// Creates an error from the error of a system call. The error code decides the kind.
     pub fn io(message: impl Into<String>, source: std::io::Error) -> Self {
         let kind = match source.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => ErrorKind::NoSpace,
@@ -122,13 +121,13 @@ impl Error {
         self.0.step
     }
 
-    /// The rank on which the error occurred; None if no rank or several are known.
+    /// The rank on which the error occurred. None if no rank is known, or several are.
     pub fn rank(&self) -> Option<u32> {
         if let [rank] = self.ranks() { Some(*rank) } else { None }
     }
 
-    /// The ranks concerned, in ascending order: those that failed, or that are missing at a deadline. Empty
-    /// if they are not known.
+    /// The ranks concerned, in ascending order: ranks that failed, or that are missing at a deadline. Empty
+    /// if the ranks are not known.
     pub fn ranks(&self) -> &[u32] {
         &self.0.ranks
     }
@@ -166,18 +165,19 @@ impl Error {
         self
     }
 
-    /// Adds the path, unless one is known: the innermost caller's is the most exact.
+    /// Adds the path, unless one is known. The innermost caller adds its path first, and that path is the
+    /// most exact.
     pub fn with_path(mut self, path: impl Into<PathBuf>) -> Self {
         Arc::make_mut(&mut self.0).path.get_or_insert_with(|| path.into());
         self
     }
 
-    /// Adds the cause of `error`, for callers whose message replaces that of `error`.
     /// Logs that a save failed with this error, which no call has returned.
     pub(crate) fn log_unseen(&self) {
         tracing::error!(error = format_args!("{self:#}"), "a save failed, and no call has returned its error");
     }
 
+    /// Adds the cause of `error`, for callers whose message replaces that of `error`.
     pub(crate) fn with_source_of(mut self, error: &Self) -> Self {
         Arc::make_mut(&mut self.0).source = error.0.source.clone();
         self

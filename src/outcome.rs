@@ -60,20 +60,19 @@ pub struct Committed {
     pub written_bytes: u64,
     /// Bytes of shards that are clones of files of an older step: they share the blocks of the medium.
     pub cloned_bytes: u64,
-    /// Bytes of shards that are files of an older step, under a second name.
+    /// Bytes of shards that are hard links to files of an older step.
     pub linked_bytes: u64,
-    /// Number of shards that had not changed and were written all the same, because the file system refused
-    /// to clone or link them.
+    /// Number of unchanged shards that were written because the file system refused to clone or link them.
     pub refused_files: usize,
     /// Tensors that stayed live until the fence, instead of being captured at `save`, because the budget was
     /// used up.
     pub over_budget: usize,
-    /// Late copies: chunks that a fence copied on the GPU, and that the save read from there instead of from
+    /// Number of late copies: chunks that a fence copied on the GPU. The save read these copies instead of
     /// the tensors.
     pub late_chunks: usize,
 }
 
-/// A step that is durable in a tier behind the first one, too.
+/// A step that is also durable in a tier behind the first one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Promoted {
@@ -87,7 +86,7 @@ pub struct Promoted {
     pub attempt: Attempt,
     /// The path of the copy.
     pub path: PathBuf,
-    /// The length of its files.
+    /// The total length of the files of the copy, in bytes.
     pub bytes: u64,
 }
 
@@ -116,7 +115,7 @@ pub enum Phase {
     /// Every chunk is copied, and writers write them. Sources are free when
     /// [`Save::staged`](crate::Save::staged) resolves.
     Writing,
-    /// One of several ranks: its files are durable, and rank 0 decides how the save ends.
+    /// Only with several ranks: the files of this rank are durable, and rank 0 decides how the save ends.
     Promised,
     /// Every byte is written; the committer publishes the step.
     Publishing,

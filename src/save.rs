@@ -23,11 +23,11 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Snapshot {
-    /// When the fence is reached at the latest: each tensor by its own [`Capture`](crate::Capture).
+    /// At the fence at the latest. Each tensor is captured as its own [`Capture`](crate::Capture) says.
     #[default]
     AtFence,
-    /// Before `save` returns. For programs that cannot call a fence. For host tensors `save` then waits for
-    /// staging.
+    /// Before `save` returns, for programs that cannot call a fence. If there are host tensors, `save` waits
+    /// until they are staged.
     AtSave,
 }
 
@@ -39,31 +39,32 @@ pub struct SaveOptions {
     pub overwrite: bool,
     /// When the bytes are captured.
     pub snapshot: Snapshot,
-    /// The attempt; None: a new one.
+    /// The identity of the attempt. None: a new one.
     pub attempt: Option<Attempt>,
-    /// The directory name; None: [`step_name`](crate::id::step_name) of the step. A name that is not a step's
-    /// makes a checkpoint beside the steps, which is never listed and never pruned.
+    /// The directory name. None: [`step_name`](crate::id::step_name) of the step. If the name is not that of
+    /// a step, the checkpoint lies beside the steps, and is never listed and never pruned.
     pub name: Option<String>,
-    /// The directory that the checkpoint becomes, instead of a step of the root; None: a step. See
-    /// [`SaveOptions::directory`].
+    /// The directory that the checkpoint becomes, instead of a step of the root. None: a step of the root.
+    /// See [`SaveOptions::directory`].
     pub directory: Option<PathBuf>,
-    /// How long after the call the save fails if it is not durable; None: the settings' `save_timeout`, which
+    /// How long after the call the save fails if it is not durable. None: the settings' `save_timeout`, which
     /// is also the maximum.
     pub timeout: Option<Duration>,
     /// How often a save that failed for a transient reason ([`Error::is_transient`]) is retried. Default: 0.
     ///
-    /// Each retry is a new attempt at the step; all of them share the deadline. The save keeps its position
-    /// in the queue. Its state is kept until it has ended, and no fence waits for that: a tensor that the
-    /// program can write, or that is borrowed for a scope, is `Invalid`.
+    /// Each retry is a new attempt at the step. All attempts share the deadline. The save keeps its position
+    /// in the queue. The save keeps its state dict until it has ended, and no fence waits for that. So a
+    /// tensor that the program can write, or that is borrowed for a scope, is `Invalid`.
     ///
-    /// `Invalid` with several ranks: `docs/scale.md` says why. The program saves again, on all ranks.
+    /// `Invalid` with several ranks; `docs/scale.md` explains the reason. There the program saves again, on
+    /// all ranks.
     pub retries: u32,
     /// How long a failed save waits before the first retry; doubled after each further failure. Default: 0.
     /// If the wait would pass the deadline, the save fails.
     pub backoff: Duration,
-    /// The storage that the checkpoint goes to, instead of the executor's.
+    /// The storage that the checkpoint is written to, instead of the executor's.
     pub(crate) storage: Option<Arc<dyn Storage>>,
-    /// This is the last save of an executor that accepts no others.
+    /// This is the last save of an executor that accepts no further saves.
     pub(crate) last: bool,
 }
 
@@ -93,21 +94,21 @@ impl SaveOptions {
         self
     }
 
-    /// Makes the checkpoint the directory `path`, wherever that is: not a step of the root, never listed,
-    /// never pruned, and not the `latest` one. For programs whose framework chooses the paths of
-    /// checkpoints.
+    /// Publishes the checkpoint as the directory `path`, which may be anywhere. It is not a step of the root:
+    /// it is never listed, never pruned, and never the `latest` one. For programs whose framework chooses the
+    /// paths of checkpoints.
     ///
-    /// The directory must not exist, or be empty; with [`SaveOptions::overwrite`] it may be a checkpoint of
-    /// this library. Its parent is created if it is missing. Until the save ends, the attempt lies beside
-    /// the directory under a hidden name, and one rename makes it the directory. When the future resolves,
-    /// the directory and every name that leads to it are durable, and nothing hidden is left. What a killed
-    /// process leaves in a parent is deleted after the next save into the same parent.
+    /// The directory must not exist, or must be empty; with [`SaveOptions::overwrite`] it may be a checkpoint
+    /// of this library. Its parent is created if it is missing. Until the save ends, the attempt lies beside
+    /// the directory under a hidden name. One rename then gives it the name of the directory. When the future
+    /// resolves, the directory and all names of its path are durable, and nothing hidden is left. The remains
+    /// of a killed process are deleted after the next save into the same parent.
     ///
     /// A call of `save` waits while another save to the same directory, or to the same name in the root, is
-    /// under way: the directory ends with the state that was saved last.
+    /// under way. So the directory contains the state that was saved last.
     ///
-    /// The save is `Invalid` with [`SaveOptions::name`], with several ranks, in storage that is not a local
-    /// directory, and where the directory would be a step of the root.
+    /// The save is `Invalid` with [`SaveOptions::name`], with several ranks, if the storage is not a local
+    /// directory, or if the directory would be a step of the root.
     ///
     /// ```
     /// use ashore::{Checkpoint, CheckpointExecutor, SaveOptions, StateDict};
@@ -151,8 +152,8 @@ impl SaveOptions {
 ///
 /// Wakers are called with no lock held and may poll at once. [`Save::on_done`] calls a function instead.
 ///
-/// Dropping it detaches the save, which goes on. The next `save` or `shutdown` reports an error that was not
-/// observed.
+/// Dropping the handle detaches the save, which goes on. The next `save` or `shutdown` reports an error that
+/// was not observed.
 #[must_use = "dropping the handle detaches the save; keep it to learn when the checkpoint is durable"]
 pub struct Save {
     ticket: Arc<Ticket>,
@@ -165,7 +166,7 @@ impl Save {
         Self { ticket, done }
     }
 
-    /// How it has ended, if it has ended well.
+    /// The outcome, if the save has ended without an error.
     pub(crate) fn ended(&self) -> Option<Outcome> {
         self.ticket.done.get().and_then(Result::ok)
     }
@@ -183,9 +184,9 @@ impl Save {
     /// Blocks the thread until the save has ended.
     ///
     /// # Errors
-    /// The save's own failure. `Deadline` when it has not ended after `timeout`: it goes on, and can be
-    /// waited for again. `Invalid`, at once, in a function given to [`Save::on_done`] or in a waker, when it
-    /// has not ended.
+    /// The error of the save. `Deadline` when the save has not ended after `timeout`; it goes on, and can be
+    /// waited for again. `Invalid`, at once, in a function given to [`Save::on_done`] or in a waker, when the
+    /// save has not ended.
     pub fn wait(&self, timeout: Duration) -> Result<Outcome> {
         self.ticket.alive()?;
         if !self.ticket.done.is_complete() {
@@ -197,18 +198,19 @@ impl Save {
         }
     }
 
-    /// Returns how the save ended, or None if it has not.
+    /// Returns the result of the save, or None if the save has not ended.
     pub fn try_get(&self) -> Option<Result<Outcome>> {
         self.done.cell().get().map(|result| self.observe(result))
     }
 
     /// Returns a future that resolves when no tensor of this save will be read any more and its sources are
-    /// dropped. Then the tensors may be written: awaiting it counts as a fence.
+    /// dropped. Then the program may write the tensors: awaiting this future counts as a fence.
     pub fn staged(&self) -> Staged {
         Staged { ticket: self.ticket.clone(), staged: Waiter::new(self.ticket.staged.clone()) }
     }
 
-    /// Whether no tensor of this save will be read any more. An error of the save does not count as observed.
+    /// True when no tensor of this save will be read any more. This call does not mark an error of the save
+    /// as observed.
     pub fn is_staged(&self) -> bool {
         self.ticket.staged.is_complete()
     }
@@ -219,8 +221,7 @@ impl Save {
     }
 
     /// Cancels the save, which resolves to `Cancelled` at once. Its attempt is deleted, and its tensors are
-    /// free when [`Save::staged`] resolves. Returns false when it is too late: the save has ended, or its
-    /// publish has begun.
+    /// free when [`Save::staged`] resolves. Returns false if the save has ended, or if its publish has begun.
     pub fn cancel(&self) -> bool {
         let cancelled = Error::new(ErrorKind::Cancelled, "the save was cancelled");
         if self.ticket.alive().is_err() || !self.ticket.fail_as(cancelled.clone(), true) {
@@ -233,20 +234,21 @@ impl Save {
 
     /// Calls `f` with the outcome of the save.
     ///
-    /// The committer calls it. If the save is given up or superseded, the executor's call thread does,
-    /// because the committer may hang in the storage. If the save has already ended, this thread calls it at
-    /// once. A shutdown calls it for the saves that it gives up itself. A shutdown returns after all of these
-    /// calls have run, unless one takes half a second longer than the deadline.
+    /// The committer calls `f`. If the save is given up or superseded, the executor's call thread calls it,
+    /// because the committer may hang in the storage. If the save has already ended, the thread that calls
+    /// `on_done` calls `f` at once. A shutdown calls `f` for the saves that it gives up itself. A shutdown
+    /// returns after all of these calls have run, unless one of them takes half a second longer than the
+    /// deadline.
     ///
-    /// No lock is held during the call. Commits and other calls wait while `f` runs, so it should only pass
-    /// on its result. A panic in it is logged. An error that it receives counts as observed.
+    /// No lock is held during the call. Commits and other calls wait while `f` runs, so `f` should only pass
+    /// on its argument. A panic in `f` is logged. An error that `f` receives counts as observed.
     ///
     /// `f` may read the state of the save and of the executor, begin a save, and drop the last owner of the
-    /// executor, whose saves go on. It cannot wait for work of its own thread: `wait` of a save that has not
+    /// executor, whose saves go on. `f` cannot wait for work of its own thread: `wait` of a save that has not
     /// ended, a fence, a scope, `Snapshot::AtSave` and `shutdown` return `Invalid` at once, and a save that
     /// would wait for space returns `Busy` at once. The same holds for wakers. Other waits for this executor,
-    /// such as `block_on` of a save, hang: a poll cannot be refused there, because a waker may poll its task
-    /// at once, which then awaits the next save.
+    /// such as `block_on` of a save, hang. A poll cannot be refused there, because a waker may poll its task
+    /// at once, and the task then awaits the next save.
     ///
     /// ```
     /// # let dir = tempfile::tempdir().unwrap();
@@ -266,12 +268,12 @@ impl Save {
         self.ticket.done.on_value(Box::new(f));
     }
 
-    /// Whether it has failed, and no handle or call has seen how.
+    /// True when the save has failed, and no handle or call has returned its error.
     pub(crate) fn is_unseen(&self) -> bool {
         !self.ticket.observed.load(Ordering::Acquire) && matches!(self.done.cell().get(), Some(Err(_)))
     }
 
-    /// Whether it has ended, without a look at how.
+    /// Polls whether the save has ended. Does not mark its error as observed.
     pub(crate) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         Pin::new(&mut self.done).poll(cx).map(drop)
     }
@@ -321,9 +323,9 @@ impl Staged {
     /// Blocks the thread until the save is staged.
     ///
     /// # Errors
-    /// The save's failure: its sources are dropped then, too. `Deadline` when it is not staged after
-    /// `timeout`. `Invalid`, at once, in a function given to [`Save::on_done`] or in a waker, when it is not
-    /// staged.
+    /// The error of the save, whose sources are then dropped, too. `Deadline` when the save is not staged
+    /// after `timeout`. `Invalid`, at once, in a function given to [`Save::on_done`] or in a waker, when the
+    /// save is not staged.
     pub fn wait(&self, timeout: Duration) -> Result<()> {
         self.ticket.alive()?;
         if !self.ticket.staged.is_complete() {
@@ -361,8 +363,8 @@ impl fmt::Debug for Staged {
 }
 
 /// A future that resolves when the tensors of all saves may be written, from
-/// [`CheckpointExecutor::fenced`](crate::CheckpointExecutor::fenced). It does not report how saves end; their
-/// own futures do.
+/// [`CheckpointExecutor::fenced`](crate::CheckpointExecutor::fenced). It does not report the results of the
+/// saves; their own futures do.
 #[must_use = "a future does nothing unless it is awaited"]
 pub struct Fenced {
     reading: Result<Vec<Staged>>,
@@ -419,8 +421,8 @@ mod tests {
         }
     }
 
-    /// A cancelled save used to fail its ticket before it marked it as observed. A `save` of another thread
-    /// in between was refused with `Cancelled` of a save that was not its own.
+    /// A cancelled save used to fail its ticket before it marked the ticket as observed. A `save` of another
+    /// thread in between was refused with the `Cancelled` error of this save.
     #[test]
     fn a_cancelled_save_is_never_a_failure_that_was_not_seen() {
         let (now, signal) = (Instant::now(), Arc::new(Signal::default()));

@@ -22,7 +22,7 @@ pub enum IoMode {
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Engine {
-    /// The engine that measured best in general: `Pwrite`.
+    /// The engine that was fastest in most measurements: `Pwrite`.
     Auto,
     /// One blocking pwrite(2) per chunk and writer thread.
     Pwrite,
@@ -73,8 +73,8 @@ impl FromStr for Priority {
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Locks {
-    /// flock(2). On a file system that reports no lock support, the same as `None`; where locking fails
-    /// otherwise, saves fail.
+    /// flock(2). The same as `None` on a file system that reports no lock support. Saves fail if locking
+    /// fails for another reason.
     Flock,
     /// No locks, for file systems whose locks do not work. Sweeps judge attempts by their age.
     None,
@@ -103,18 +103,18 @@ impl FromStr for Locks {
 #[serde(try_from = "String", into = "String")]
 #[non_exhaustive]
 pub enum DeviceChoice {
-    /// A GPU if the machine has one, the host otherwise;
-    /// [`CheckpointExecutor::device`](crate::CheckpointExecutor::device) reports which and why. The choice is
-    /// the GPU whose context is current in the thread that builds the executor. Without a current context it
-    /// is the GPU of the first tensor in GPU memory that is saved or restored into; until then no GPU is
-    /// touched, and the arena is not pinned. If the first such tensors are on several GPUs, the choice is the
-    /// GPU with the local rank of this process (`LOCAL_RANK`, or the variables of other launchers), or else
-    /// the first of them.
+    /// A GPU if the machine has one, the host otherwise.
+    /// [`CheckpointExecutor::device`](crate::CheckpointExecutor::device) reports the choice and its reason.
+    /// The executor takes the GPU whose context is current in the thread that builds it. Without a current
+    /// context it takes the GPU of the first tensor in GPU memory that is saved or restored into; until then
+    /// no GPU is touched, and the arena is not pinned. If the first such tensors are on several GPUs, the
+    /// executor takes the GPU with the local rank of this process (`LOCAL_RANK`, or the variables of other
+    /// launchers), or else the first of these GPUs.
     #[default]
     Auto,
     /// The host's CPU. Tensors in GPU memory are refused.
     Host,
-    /// The GPU with this ordinal; building the executor fails without it.
+    /// The GPU with this ordinal. Building the executor fails if there is no such GPU.
     Cuda(u32),
 }
 
@@ -160,17 +160,17 @@ impl std::fmt::Display for DeviceChoice {
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Overlap {
-    /// At most `n` unfinished saves may precede a new one; beyond that `save` waits until the save deadline,
-    /// then returns `Busy`.
+    /// At most `n` unfinished saves may precede a new one. If there are more, `save` waits until the save
+    /// deadline, then returns `Busy`.
     Queue(usize),
     /// `save` waits until the previous save is finished: `Queue(0)`.
     Block,
     /// A new save is skipped while another is unfinished; its handle resolves to `Outcome::Skipped`.
     Skip,
-    /// A new save replaces the waiting one that has not begun to stage; the replaced save resolves to
-    /// `Outcome::Superseded`. At most two saves are under way beside the waiting one. Meant for loops that
-    /// never fence because each step makes new tensors: a fence also waits for the waiting save, unless
-    /// scratch can take late copies of all of it.
+    /// A new save replaces the waiting save that has not begun to stage. The replaced save resolves to
+    /// `Outcome::Superseded`. At most two other saves are under way besides the waiting one. Meant for loops
+    /// that never fence because each step makes new tensors. A fence also waits for the waiting save, unless
+    /// scratch has room for late copies of all its tensors.
     Latest,
 }
 
@@ -187,15 +187,15 @@ pub enum Detect {
     All,
 }
 
-/// What happens to the error of a background save that no handle and no call has returned.
+/// What happens to the error of a background save if no handle and no call has returned the error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum OnUnseenError {
     /// The next `save` returns the error and does not save; `shutdown` returns it if no `save` did.
     NextCall,
-    /// The next `save` logs the error at error level and proceeds; `shutdown` returns errors that are left.
-    /// For programs that would rather miss a checkpoint than stop.
+    /// The next `save` logs the error at error level and proceeds. `shutdown` returns the errors that no
+    /// `save` logged. For programs that prefer a missing checkpoint to a stop.
     Warn,
 }
 
@@ -208,24 +208,25 @@ pub enum OnUnseenError {
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum OnDamaged {
-    /// The new step replaces the damaged one, so that a run that resumed from an earlier step can pass it.
-    /// The damaged step is removed right before the new one is published.
+    /// The new step replaces the damaged one, so that a run that resumed from an earlier step can save this
+    /// step again. The damaged step is removed right before the new one is published.
     #[default]
     Replace,
     /// The save fails with `Conflict`, as for an intact step.
     Refuse,
 }
 
-/// What retention does with a step of the first tier that a tier behind it wants and does not have yet.
+/// What retention does with a step of the first tier that is not yet promoted to a tier that wants it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Unpromoted {
-    /// Retention deletes it and logs a warning, so that the first tier needs no more space than without
+    /// Retention deletes the step and logs a warning, so that the first tier needs no more space than without
     /// tiers. A step that is being copied stays until the copy has ended.
     #[default]
     Warn,
-    /// Retention keeps it until the tier has it. While the tier is away, the first tier grows.
+    /// Retention keeps the step until the tier has a copy. The first tier grows while the other tier is
+    /// unavailable.
     Block,
 }
 
@@ -272,8 +273,9 @@ pub struct Settings {
     pub engine: Engine,
     /// How owner records are locked: `Flock`.
     pub locks: Locks,
-    /// Age at which a sweep deletes an attempt whose lock cannot be judged (of another host, or without
-    /// locks): a day without a change, at least an hour. Live owners touch their attempts every five minutes.
+    /// Age at which a sweep deletes an attempt whose lock cannot be judged, because the lock is of another
+    /// host or there are no locks: a day without a change. At least an hour, because live owners touch their
+    /// attempts every five minutes.
     pub abandoned_after: Duration,
     /// Priority of the threads behind the stager: `Normal`.
     pub priority: Priority,
@@ -286,61 +288,61 @@ pub struct Settings {
     pub detect: Detect,
     /// Size of the capture pool, GPU memory allocated at start for small tensors that are captured at `save`:
     /// 16 MiB, plus one chunk. With 0 the GPU gathers nothing: small tensors cross the bus one by one and are
-    /// live until the fence, and strided ones are refused.
+    /// live until the fence, and strided tensors are refused.
     pub gather: u64,
-    /// Size of the scratch, GPU memory for late copies at fences and ends of scopes: 0, and a fence on
+    /// Size of the scratch, GPU memory for late copies at fences and ends of scopes: 0. With 0 a fence on
     /// streams waits until copies are queued. At least a chunk if not 0. A list of the save's pieces adds 40
-    /// bytes per 64 KiB. The executor's GPU gets it at start, any other one in the call of `save` that first
-    /// has tensors of it. Experimental.
+    /// bytes per 64 KiB. The executor allocates scratch on its own GPU at start, and on any other GPU in the
+    /// call of `save` that first has tensors of that GPU. Experimental.
     pub scratch: u64,
     /// Streams at a fence wait for a number in pinned memory instead of an event: false. The copy stream
-    /// writes the number after the copies; the host writes it as soon as every save of the fence has failed.
-    /// So the deadline of a save also bounds how long the GPU waits for slow or hung copies. Late copies and
-    /// ends of scopes do not use it. CUDA's own tools do not see this order. Streams wait for events where
-    /// the driver refuses, or `CUDA_DEVICE_MAX_CONNECTIONS` is below 8:
-    /// [`DeviceReport::memory_waits`](crate::device::DeviceReport::memory_waits) says so.
+    /// writes the number after the copies, and the host writes it as soon as every save of the fence has
+    /// failed. So the deadline of a save also bounds how long the GPU waits for slow or hung copies. Late
+    /// copies and ends of scopes do not use this number. CUDA's own tools do not see this order. Streams wait
+    /// for events if the driver refuses, or if `CUDA_DEVICE_MAX_CONNECTIONS` is below 8;
+    /// [`DeviceReport::memory_waits`](crate::device::DeviceReport::memory_waits) reports which.
     pub memory_waits: bool,
-    /// Queue the copies of a chunk from a GPU in one call (`cuMemcpyBatchAsync`), if the driver has it and
-    /// the arena is pinned: false, because the faster way has not been measured yet.
+    /// Queue the copies of a chunk from a GPU in one call (`cuMemcpyBatchAsync`), if the driver has this call
+    /// and the arena is pinned: false, because no measurement shows yet which way is faster.
     pub batch: bool,
     /// Bytes that one save may copy on the calling thread for `Capture::AtSave`: 1 MiB.
     pub capture_budget: u64,
     /// Number of newest steps to keep: None, which keeps all.
     pub keep_last: Option<usize>,
-    /// Keep every step that is a multiple of this, beyond `keep_last`: None.
+    /// Also keep every step that is a multiple of this number, besides the steps of `keep_last`: None.
     pub keep_every: Option<u64>,
-    /// Verify a step of an earlier process before it counts for `keep_last`, once and off the path of saves:
-    /// false. With it, a damaged step never makes retention delete an older intact one.
+    /// Verify a step of an earlier process before it counts for `keep_last`: false. Each step is verified
+    /// once, outside of saves. With this setting, a damaged step never makes retention delete an older intact
+    /// one.
     pub verify_kept: bool,
     /// What a save does with a damaged step of the same number: `Replace`.
     pub damaged: OnDamaged,
-    /// The root of a tier behind the executor's own, a path or a URL: None. See
-    /// [`Builder::tier`](crate::Builder::tier), which takes several.
+    /// The root of a tier behind the executor's own root, as a path or a URL: None.
+    /// [`Builder::tier`](crate::Builder::tier) adds several tiers.
     pub tier: Option<String>,
     /// Number of newest steps that this tier keeps: None, which keeps all.
     pub tier_keep_last: Option<usize>,
-    /// What retention does with steps that this tier does not have yet: `Warn`.
+    /// What retention does with steps that are not yet in this tier: `Warn`.
     pub unpromoted: Unpromoted,
     /// Write a line for each save into a log of the root, which `ashore report` reads: true.
     /// `docs/observability.md` describes the log.
     pub run_log: bool,
-    /// Share the files of older steps that have not changed, where the file system can clone or link them:
-    /// true. See [`StateDict::frozen`](crate::StateDict::frozen). With several ranks files are always
-    /// written.
+    /// Share unchanged files with older steps, if the file system can clone or link them: true. See
+    /// [`StateDict::frozen`](crate::StateDict::frozen). With several ranks, all files are always written.
     pub links: bool,
-    /// A shared file is written again after so many saves and `link_age`, whichever is later: 16. All steps
-    /// that share it are on one place of the medium until then.
+    /// Number of saves after which a shared file is written again, if `link_age` has passed, too: 16. Until
+    /// then all steps that share the file depend on the same blocks of the medium.
     pub link_saves: u32,
     /// The time after which a shared file is written again: a day.
     pub link_age: Duration,
-    /// The file of a trace of saves, in Chrome's JSON: None, no trace. If there is such a file, or several
-    /// ranks, a name beside it. Without a setting, `ASHORE_TRACE` names it. `docs/observability.md` describes
-    /// the trace.
+    /// The file of a trace of saves, in Chrome's JSON: None, no trace. If this file exists already, or with
+    /// several ranks, the trace gets another name beside it. If this is None, `ASHORE_TRACE` names the file.
+    /// `docs/observability.md` describes the trace.
     pub trace: Option<String>,
-    /// A save that is not durable after this time fails: 30 minutes. Counted from the call, time in the queue
-    /// included.
+    /// A save that is not durable after this time fails: 30 minutes. The time counts from the call of `save`
+    /// and includes time in the queue.
     pub save_timeout: Duration,
-    /// A save whose tensors are still read when a fence has waited this long fails: 10 minutes.
+    /// How long a fence waits: 10 minutes. After this time, a save whose tensors are still being read fails.
     pub fence_timeout: Duration,
     /// How long dropping the executor waits for saves in flight: 5 minutes.
     pub shutdown_timeout: Duration,
@@ -433,13 +435,14 @@ impl Settings {
         Ok(settings)
     }
 
-    /// Sets the trace from the environment, where the program has set none, for the reason of the tier.
+    /// Sets the trace from the environment if the program has set none. The reason is the same as for
+    /// `tier_from`.
     pub(crate) fn trace_from(&mut self, var: impl Fn(&str) -> Option<String>) {
         self.trace = self.trace.take().or_else(|| var("ASHORE_TRACE")).filter(|path| !path.is_empty());
     }
 
-    /// Sets the tier from the environment, where the program has set none: so a job gets a tier in every
-    /// language without a change of its code.
+    /// Sets the tier from the environment if the program has set none. So a job in any language gets a tier
+    /// without a change of its code.
     pub(crate) fn tier_from(&mut self, var: impl Fn(&str) -> Option<String>) -> Result<()> {
         if self.tier.is_some() {
             return Ok(());

@@ -9,21 +9,21 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Which steps an executor keeps as saves become durable.
+/// Decides which steps an executor keeps when saves become durable.
 pub(crate) struct Keeping {
     pub retention: Retention,
     pub policy: Option<Arc<dyn PreservationPolicy>>,
     pub verify: Verify,
-    /// What else needs steps: tiers that do not have them yet.
+    /// Keeps further steps: steps that are not yet in every tier that wants them.
     pub hold: Option<Arc<dyn Hold>>,
 }
 
 /// Keeps steps that a retention would delete.
 pub(crate) trait Hold: Send + Sync {
-    /// The steps that stay for now.
+    /// The steps that must stay for the present.
     fn held(&self, entries: &[Entry]) -> BTreeSet<u64>;
 
-    /// These were deleted.
+    /// Tells that these steps were deleted.
     fn removed(&self, entries: &[Entry]);
 }
 
@@ -58,13 +58,13 @@ impl fmt::Debug for Keeping {
 }
 
 impl Catalog {
-    /// Deletes every step after `step`, newest first, including damaged ones, but for those that are
+    /// Deletes every step after `step`, newest first, including damaged steps, except steps that are
     /// [marked](super::Mark) keep. For a run that goes back to `step` and continues from it, so that its
     /// saves are the newest again.
     ///
     /// # Errors
-    /// `NotFound` when `step` does not exist; `Invalid` when it is not durable or, if the options require it,
-    /// not sound: nothing is deleted then. An I/O error when the directory cannot be read.
+    /// `NotFound` when `step` does not exist. `Invalid` when `step` is not durable or, if the options require
+    /// it, not sound; nothing is deleted then. An I/O error when the directory cannot be read.
     pub fn discard_after(&self, step: u64, options: PruneOptions) -> Result<Pruned> {
         let stays = self.checkpoint(step)?;
         let (mut entries, mut problems) = self.everything()?;
@@ -82,17 +82,17 @@ impl Catalog {
         Ok(pruned)
     }
 
-    /// Returns the last step of the running branch: the last that this process published, or, if it published
-    /// none, the last written by the clock of the storage.
+    /// Returns the last step of the running branch: the last step that this process published. If it
+    /// published none, the step written last by the clock of the storage.
     pub(crate) fn head<'e>(&self, entries: &'e [Entry]) -> Option<&'e Entry> {
         let known = self.known();
         let own = known.own.iter().rev().find_map(|own| entries.iter().find(|entry| entry.attempt == *own));
         own.or_else(|| entries.iter().max_by_key(|entry| (entry.modified, entry.step)))
     }
 
-    /// Returns the step written last and the one with the highest number, if they differ: a run went back,
-    /// and [`Catalog::latest`] belongs to the earlier run. Times are those of the storage's clock; a copy of
-    /// a step may have another time.
+    /// Returns the step written last and the step with the highest number, if they differ. Then a run went
+    /// back, and [`Catalog::latest`] belongs to the earlier run. Times are from the storage's clock; a copy
+    /// of a step may have another time.
     ///
     /// # Errors
     /// When the directory cannot be read.
@@ -100,7 +100,7 @@ impl Catalog {
         Ok(branch(&self.list()?).map(|(last, newest)| (last.clone(), newest.clone())))
     }
 
-    /// Warns, when a run begins, of steps that are not listed, and of a newest step that is not the one
+    /// Warns, when a run begins, of steps that are not listed, and of a newest step that is not the step
     /// written last.
     pub(crate) fn warn_of_oddities(&self) -> Result<()> {
         let (entries, problems) = self.survey()?;
@@ -124,7 +124,8 @@ impl Catalog {
         Ok(())
     }
 
-    /// Refuses to save `step` as `name` while it exists under another name, so that a step has one directory.
+    /// Refuses to save `step` as `name` while the step exists under another name, so that a step has only one
+    /// directory.
     pub(crate) fn refuse_second_name(&self, step: u64, name: &str) -> Result<()> {
         let canonical = step_name(step);
         if self.known().aliases.is_none() {
@@ -179,7 +180,7 @@ fn branch(entries: &[Entry]) -> Option<(&Entry, &Entry)> {
     last.zip(entries.last()).filter(|(last, newest)| last.step < newest.step)
 }
 
-/// Whether the two may be saves of one run that overlapped, and ended in the other order.
+/// True if the two steps may be saves of one run that overlapped and ended in the opposite order.
 fn overlapped(last: &Entry, newest: &Entry) -> bool {
     let between = last.modified.zip(newest.modified).map(|(last, newest)| last.duration_since(newest));
     matches!(between, Some(Ok(between)) if between < Duration::from_secs(1))

@@ -1,9 +1,8 @@
-//! Marks: what people say of steps, kept beside them.
+//! Marks: judgements of people about steps, kept beside the steps.
 //!
-//! A step never changes, so its mark is not in it: `.marks.json` in the root has the marks of all steps. A
-//! mark belongs to an attempt: a step that is saved again has none.
-//! **Concurrency.** Each change reads all marks and replaces the file by a rename; of two changes at the same
-//! moment one may be lost.
+//! A step never changes, so its mark is not stored in the step: `.marks.json` in the root has the marks of
+//! all steps. A mark belongs to an attempt, so a step that is saved again has no mark. **Concurrency.** Each
+//! change reads all marks and replaces the file by a rename. Of two concurrent changes, one may be lost.
 
 use super::{Catalog, Problem};
 use crate::error::{Error, ErrorKind, Result};
@@ -14,15 +13,15 @@ use std::collections::HashSet;
 /// The version of the file.
 const VERSION: u32 = 1;
 
-/// What people say of a step.
+/// A judgement of people about a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Mark {
-    /// Its contents are no good, for example because the loss diverged: [`Catalog::latest`] and
-    /// [`Catalog::latest_valid`] pass over it, and it does not count for retention.
+    /// The contents of the step are not usable, for example because the loss diverged. [`Catalog::latest`]
+    /// and [`Catalog::latest_valid`] skip the step, and it does not count for retention.
     Bad,
-    /// It is never pruned, by any retention or policy.
+    /// The step is never pruned, by any retention or policy.
     Keep,
 }
 
@@ -30,9 +29,9 @@ pub enum Mark {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Marked {
-    /// The step, for people: the attempt is what counts.
+    /// The step, for people. Only `attempt` decides which step is marked.
     pub step: u64,
-    /// The attempt that the mark is of.
+    /// The attempt that has the mark.
     pub attempt: Attempt,
     /// The mark.
     pub mark: Mark,
@@ -56,7 +55,7 @@ impl Marks {
 }
 
 impl Marks {
-    /// True when a step of this number is marked keep: of a step that cannot be opened the attempt is not
+    /// True when a step of this number is marked keep. For steps that cannot be opened, whose attempt is not
     /// known.
     pub fn keep_number(&self, step: u64) -> bool {
         self.0.iter().any(|marked| marked.step == step && marked.mark == Mark::Keep)
@@ -64,7 +63,7 @@ impl Marks {
 }
 
 impl Catalog {
-    /// Returns the marked steps, in order; those that are gone may be among them.
+    /// Returns the marked steps, in order. Deleted steps may be among them.
     ///
     /// # Errors
     /// `Corrupt`, with the path, when `.marks.json` cannot be read as marks; an I/O error.
@@ -72,8 +71,8 @@ impl Catalog {
         Ok(self.read_marks()?.0)
     }
 
-    /// Marks `step`, or takes its mark away with None. The mark is durable when this returns, and counts for
-    /// executors that are running. Marks of steps that are gone are forgotten.
+    /// Marks `step`; None removes the mark. The change is durable when this call returns, and running
+    /// executors respect it. Marks of deleted steps are removed.
     ///
     /// ```
     /// use ashore::{Catalog, CheckpointExecutor, StateDict, catalog::Mark};
@@ -99,7 +98,8 @@ impl Catalog {
         let attempt = self.checkpoint(step)?.attempt();
         let listed = self.list()?;
         let known: HashSet<Attempt> = listed.iter().map(|entry| entry.attempt).collect();
-        // Of a step that cannot be read now the attempt is not known: its mark stays while its name does.
+        // The attempt of a step that cannot be read at present is not known. Its mark stays as long as its
+        // name exists.
         let readable: HashSet<&str> = listed.iter().map(|entry| entry.name.as_str()).collect();
         let names = self.storage.list()?;
         let unread = names.iter().filter(|name| !readable.contains(name.as_str()));
@@ -132,7 +132,8 @@ impl Catalog {
         Ok(Marks(file.marks))
     }
 
-    /// Returns the marks to choose a step by. A run starts without marks rather than not at all.
+    /// Returns the marks, for choosing a step. If they cannot be read, it returns none, so that a run can
+    /// start nevertheless.
     pub(super) fn marks_or_none(&self) -> Marks {
         self.read_marks().unwrap_or_else(|error| {
             tracing::warn!(error = format_args!("{error:#}"), "marks of steps are ignored");

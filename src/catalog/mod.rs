@@ -1,20 +1,18 @@
-//! The steps of a directory: which exist, which is the newest, which may be deleted.
+//! The catalog of the steps of a directory: which steps exist, which is the newest, and which may be deleted.
 //!
-//! **Consistency.** A step is listed only when its manifest parses, its tables have their length and digest,
-//! every file its own (checked for steps of up to 1000 files), and every shard belongs to this step and
-//! attempt, so nothing incomplete is ever listed. Directories that this library did not make are foreign:
-//! never listed, never touched.
-//! **Names.** Steps are compared as numbers and listed once. If a step has several names (`step-00000100` and
-//! `ckpt-100`), the name that this library would give comes first, then the others in lexicographic order;
-//! the first that can be opened is the step. The others are problems of the kind `Conflict`, as is a
-//! directory whose name gives another step than its manifest.
-//! **Damage.** A step is damaged when this library made it and its bytes are not those that were written;
-//! listing, overwriting, replacing and pruning all use one function for it.
-//! **Crash.** Nothing is deleted before enough of the remaining steps are durable and one of them is sound.
-//! Each step is deleted atomically.
-//! **Marks.** A step that is [marked](Mark) bad is neither the newest nor counted; one that is marked keep is
-//! never deleted.
-//! **Sharing.** Steps may share files: a deletion takes one name of them away.
+//! **Consistency.** A step is listed only when its manifest parses, its tables have the right length and
+//! digest, every file has its length (checked for steps of up to 1000 files), and every shard belongs to this
+//! step and attempt. So nothing incomplete is ever listed. Directories that this library did not make are
+//! foreign: they are never listed and never touched. **Names.** Steps are compared as numbers and listed
+//! once. If a step has several names (`step-00000100` and `ckpt-100`), the name that this library would give
+//! comes first, then the others in lexicographic order. The first name that can be opened is the step. The
+//! others are problems of the kind `Conflict`, and so is a directory whose name gives another step than its
+//! manifest. **Damage.** A step is damaged when this library made it and its bytes are not what was written.
+//! Listing, overwriting, replacing and pruning all use the same function to decide that. **Crash.** Nothing
+//! is deleted before enough of the remaining steps are durable and one of them is sound. Each step is deleted
+//! atomically. **Marks.** A step that is [marked](Mark) bad is neither the newest nor counted. A step that is
+//! marked keep is never deleted. **Sharing.** Steps may share files. The deletion of a step removes only one
+//! name of a shared file.
 
 mod branch;
 mod marks;
@@ -45,7 +43,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-/// The steps of a storage. Clones share their knowledge of durability.
+/// The catalog of the steps of a storage. Clones share what they know about durability.
 ///
 /// ```
 /// use ashore::{Catalog, CheckpointExecutor, PruneOptions, Retention, StateDict};
@@ -88,7 +86,7 @@ struct Known {
     sound: HashSet<Attempt>,
     /// Attempts that this process read and found damaged, with the damage of each.
     damaged: HashMap<Attempt, Error>,
-    /// Names of steps that differ from those this library gives, by step. None: not searched yet.
+    /// Names of steps that differ from the names that this library gives, by step. None: not searched yet.
     aliases: Option<HashMap<u64, Vec<String>>>,
     /// Attempts that may become visible at any moment, with their names.
     pending: HashMap<Attempt, String>,
@@ -107,7 +105,7 @@ pub struct Entry {
     /// Its path.
     #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
-    /// The total length of its files.
+    /// The total length of its files in bytes.
     pub bytes: u64,
     /// The attempt that was published.
     pub attempt: Attempt,
@@ -116,8 +114,8 @@ pub struct Entry {
     pub modified: Option<SystemTime>,
 }
 
-/// A directory that this library made and that has the name of a step, but is not listed: it cannot be opened
-/// (`Corrupt` when it is damaged), or it conflicts with another (`Conflict`).
+/// A directory that this library made and that has the name of a step, but is not listed. It cannot be opened
+/// (`Corrupt` when it is damaged), or it conflicts with another directory (`Conflict`).
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Problem {
@@ -127,7 +125,7 @@ pub struct Problem {
     pub name: String,
     /// Its path.
     pub path: PathBuf,
-    /// Why it is not listed.
+    /// Why the directory is not listed.
     pub error: Error,
 }
 
@@ -137,7 +135,7 @@ pub struct Problem {
 pub struct Found {
     /// The step; all of its bytes were just checked.
     pub checkpoint: Checkpoint,
-    /// Newer steps, newest first, and what is wrong with each.
+    /// The newer steps that were skipped, newest first, and the reason for each.
     pub skipped: Vec<Problem>,
 }
 
@@ -156,7 +154,7 @@ impl Catalog {
         Self { storage, known: Arc::default(), gone: Arc::default() }
     }
 
-    /// Lists every step, oldest first; the [module](self) says what counts as one.
+    /// Lists every step, oldest first. The [module](self) docs define what counts as a step.
     ///
     /// # Errors
     /// When the directory cannot be read. A step that cannot be opened is not an error: see
@@ -165,7 +163,8 @@ impl Catalog {
         Ok(self.survey()?.0)
     }
 
-    /// Lists what looks like a step of this library but is not listed, oldest first, with the reason.
+    /// Returns the directories that look like a step of this library but are not listed, oldest first, with
+    /// the reason.
     ///
     /// # Errors
     /// As [`Catalog::list`].
@@ -195,8 +194,8 @@ impl Catalog {
         Ok((entries, problems))
     }
 
-    /// Returns every name under which a step can be opened, by step and preference, and the names that cannot
-    /// be opened.
+    /// Returns every name under which a step can be opened, ordered by step and preference, and the names
+    /// that cannot be opened.
     fn everything(&self) -> Result<(Vec<Entry>, Vec<Problem>)> {
         let (mut entries, mut problems) = (Vec::new(), Vec::new());
         for (step, name) in self.names()? {
@@ -216,8 +215,8 @@ impl Catalog {
         Ok((entries, problems))
     }
 
-    /// Opens the newest listed step that is not [marked](Mark) bad; None when there is none. Tensor data is
-    /// checked when it is read.
+    /// Opens the newest listed step that is not [marked](Mark) bad. None when there is no such step. Tensor
+    /// data is checked when it is read.
     ///
     /// # Errors
     /// When the directory cannot be read, or a newer step cannot be read at present (an I/O error, missing
@@ -240,7 +239,7 @@ impl Catalog {
         Ok(None)
     }
 
-    /// Opens the step `step`, never another.
+    /// Opens the step `step`, never another step.
     ///
     /// # Errors
     /// `NotFound` when it does not exist; otherwise as [`Checkpoint::open`].
@@ -262,10 +261,11 @@ impl Catalog {
     }
 
     /// Finds the newest step whose bytes are all as written and that is not [marked](Mark) bad, and reports
-    /// the skipped ones; None when there is no step. Reads every byte of the steps that it examines.
+    /// the skipped steps. None when there is no step. Reads every byte of the steps that it examines.
     ///
     /// # Errors
-    /// When the directory cannot be read. When there are steps but none is sound, the damage of the newest.
+    /// When the directory cannot be read. When there are steps but none is sound: the damage of the newest
+    /// step.
     pub fn latest_valid(&self) -> Result<Option<Found>> {
         let (mut skipped, marks) = (Vec::new(), self.marks_or_none());
         for (step, name) in newest_first(self.names()?) {

@@ -1,4 +1,4 @@
-//! What `just loom` explores: `prune` beside a publish of the same process. The steps have no tensors.
+//! Models for `just loom`: `prune` concurrent with a publish of the same process. The steps have no tensors.
 
 use super::{Catalog, PruneOptions, Retention, Verify};
 use crate::format::v1;
@@ -19,14 +19,14 @@ enum End {
     Withdrawn,
 }
 
-/// Publishes step `step` as the committer does. What is announced is neither counted nor deleted before its
-/// end is known.
+/// Publishes step `step` as the committer does. An announced attempt is neither counted nor deleted before
+/// its outcome is known.
 fn publish(catalog: &Catalog, step: u64, attempt: Attempt, end: End) {
     let name = step_name(step);
     catalog.announce(&name, attempt).unwrap();
     if end != End::Withdrawn {
         put(catalog, step, attempt);
-        // The locks of the storage are loom's, too: before each call another thread may run.
+        // The locks of the storage are loom's, too, so another thread may run before each call.
         let found = catalog.try_open(step, &name).unwrap().map(|found| found.attempt());
         assert_eq!(found, Some(attempt), "an announced step was deleted before its end was known");
     }
@@ -50,7 +50,7 @@ fn manifest(step: u64, attempt: Attempt) -> Vec<u8> {
     v1::Manifest { format, version: 1, step, attempt, world: 1, metadata, values, files, tensors }.to_bytes().unwrap()
 }
 
-/// The same attempts in every run: loom repeats what it has explored.
+/// Makes the same attempts in every run, because loom repeats what it has explored.
 fn attempt(number: u8) -> Attempt {
     Attempt::parse(&format!("67e55044-10b1-426f-9247-bb680e5fe0{number:02x}")).unwrap()
 }
@@ -61,7 +61,7 @@ fn catalog(steps: RangeInclusive<u64>) -> Catalog {
     catalog
 }
 
-/// Explores `body`, on a stack that suffices for a prune.
+/// Explores `body`, on a stack that is large enough for a prune.
 fn explore(body: impl Fn() + Copy + Send + Sync + 'static) {
     loom::model(move || spawn(body).join().unwrap());
 }
@@ -79,17 +79,18 @@ fn a_prune_beside_a_publish_leaves_a_durable_step_however_the_publish_ends() {
     for end in [End::Acknowledged, End::Doubted, End::Withdrawn] {
         explore(move || {
             let catalog = catalog(1..=0);
-            // Of another process: a step of this one would be kept as the newest of its own.
+            // A step of another process, because a prune would keep a step of this process as its newest own
+            // step.
             put(&catalog, 1, attempt(1));
             let publisher = catalog.clone();
             let publisher = spawn(move || publish(&publisher, 2, attempt(2), end));
-            // A read would start threads that loom does not know.
+            // A full read would start threads that loom does not control.
             let options = PruneOptions::new().verify(Verify::No);
             catalog.prune(&Retention::last(1), options).unwrap().complete().unwrap();
             publisher.join().unwrap();
             let left = steps(&catalog);
             match end {
-                // Step 1 goes where the prune came last.
+                // Step 1 is deleted if the prune came last.
                 End::Acknowledged => assert!(left == [2] || left == [1, 2], "{left:?}"),
                 End::Doubted => assert_eq!(left, [1, 2]),
                 End::Withdrawn => assert_eq!(left, [1]),

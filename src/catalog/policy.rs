@@ -1,4 +1,4 @@
-//! Policies: which steps are kept for their contents, whatever their age.
+//! Policies: keep steps for their contents, whatever their age.
 
 use super::{Catalog, Entry};
 use crate::error::{ErrorKind, Result};
@@ -7,7 +7,7 @@ use crate::state::decode_value;
 use serde::de::DeserializeOwned;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A step as a policy sees it.
+/// A step, as it is passed to a policy.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Candidate {
@@ -23,10 +23,10 @@ impl Candidate {
     }
 }
 
-/// Which steps are kept in addition to a [`Retention`](super::Retention). Any `Fn(&[Candidate]) -> Vec<bool>`
-/// is one.
+/// Decides which steps are kept in addition to a [`Retention`](super::Retention). Any `Fn(&[Candidate]) ->
+/// Vec<bool>` is a policy.
 ///
-/// A policy only adds to what is kept: it cannot delete the newest steps that the retention keeps.
+/// A policy only adds to the kept steps. It cannot delete the newest steps that the retention keeps.
 pub trait PreservationPolicy: Send + Sync {
     /// Returns, for each step, oldest first, whether to keep it. Steps missing at the end of the result are
     /// kept.
@@ -39,8 +39,8 @@ impl<F: Fn(&[Candidate]) -> Vec<bool> + Send + Sync> PreservationPolicy for F {
     }
 }
 
-/// The best steps by a metric, a number in their metadata. Of equal steps the newer is better. A step whose
-/// metric is missing or not a number is never among the best.
+/// Keeps the best steps by a metric, which is a number in their metadata. Of steps with equal metrics the
+/// newer is better. A step whose metric is missing or not a number is never among the best.
 ///
 /// ```
 /// use ashore::{CheckpointExecutor, StateDict, catalog::Best};
@@ -86,8 +86,8 @@ impl PreservationPolicy for Best {
     }
 }
 
-/// Returns the positions of the metrics that are numbers, the best first; of equal ones the last, which is
-/// that of the newest step.
+/// Returns the positions of the metrics that are numbers, best first. Of equal metrics the last comes first,
+/// because it belongs to the newest step.
 pub(crate) fn ranking(metrics: impl Iterator<Item = Option<f64>>, lowest: bool) -> Vec<usize> {
     let number = |(i, metric): (usize, Option<f64>)| Some((i, metric.filter(|metric| !metric.is_nan())?));
     let mut ranked: Vec<(usize, f64)> = metrics.enumerate().filter_map(number).collect();

@@ -1,4 +1,4 @@
-//! Pruning: which steps are deleted, what is checked before, and the result.
+//! Pruning: selects the steps to delete, checks the remaining steps, deletes, and reports the result.
 
 use super::marks::Marks;
 use super::sharing::SharedFiles;
@@ -8,7 +8,7 @@ use crate::mutant::{self, Mutant};
 use crate::telemetry::meters;
 use std::collections::{BTreeSet, HashSet};
 
-/// What is checked about the remaining steps before others are deleted.
+/// How the remaining steps are checked before other steps are deleted.
 ///
 /// Remaining steps must be complete and durable in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -16,10 +16,11 @@ use std::collections::{BTreeSet, HashSet};
 pub enum Verify {
     /// No further check.
     No,
-    /// At least one of them is sound: this process wrote it, or has read all of it (now, if not before).
+    /// At least one remaining step is sound: this process wrote it, or has read all of it (in this call, if
+    /// not before).
     #[default]
     One,
-    /// Every one that counts is sound.
+    /// Every remaining step that counts is sound.
     All,
 }
 
@@ -29,7 +30,7 @@ pub enum Verify {
 pub struct PruneOptions {
     /// Delete nothing; only report what would be deleted.
     pub dry_run: bool,
-    /// What is checked about the remaining steps.
+    /// How the remaining steps are checked.
     pub verify: Verify,
 }
 
@@ -54,7 +55,8 @@ impl PruneOptions {
     }
 }
 
-/// What was deleted, or would be. A step that cannot be deleted does not stop the others.
+/// The steps that a prune deleted, or would delete. A step that cannot be deleted does not stop the deletion
+/// of the others.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct Pruned {
@@ -66,15 +68,16 @@ pub struct Pruned {
     pub kept: Vec<Entry>,
     /// Kept steps that do not count because they are not durable or are damaged.
     pub doubtful: Vec<Problem>,
-    /// What could not be deleted, and why. A step that is also in `removed` is no longer listed; the rest of
-    /// its bytes stays in a hidden directory for [`Catalog::sweep`].
+    /// Steps that could not be deleted, and why. A step that is also in `removed` is no longer listed; the
+    /// rest of its bytes stays in a hidden directory for [`Catalog::sweep`].
     pub failed: Vec<Problem>,
-    /// The bytes of the files of `removed` that no other name keeps, as those of steps that share them do.
-    /// Blocks that clones share count although they stay: file systems do not tell which those are.
+    /// The bytes of the files of `removed`, without files that still have another name, such as files that
+    /// remaining steps share. Blocks that clones share are counted although they stay, because file systems
+    /// do not tell which blocks these are.
     pub freed: u64,
-    /// What `removed` has of files with several names.
+    /// The files with several names in `removed`.
     shared: SharedFiles,
-    /// Names that another prune removed while this one ran.
+    /// Names that another prune removed while this prune ran.
     vanished: HashSet<String>,
     /// The marks of steps when this prune began.
     marks: Marks,
@@ -95,23 +98,25 @@ impl Pruned {
 
 impl Catalog {
     /// Deletes the steps that `retention` does not keep, oldest first. Leaves foreign directories, attempts,
-    /// steps that cannot be opened and steps that are [marked](Mark) keep; those marked bad do not count.
+    /// steps that cannot be opened and steps that are [marked](Mark) keep. Steps that are marked bad do not
+    /// count.
     ///
-    /// Steps that another process published are made durable before they count. A step where that fails, or
-    /// that is damaged, does not count, so more steps are kept. A run that went back to an early step does
-    /// not lose its new saves to higher steps of the earlier run: prune also keeps the `keep_last` newest
-    /// steps up to the one that this process published last, or up to the one written last if this process
-    /// published none.
+    /// Steps of another process are made durable before they count. If that fails, or if a step is damaged,
+    /// the step does not count, so more steps are kept. A run that went back to an early step does not lose
+    /// its new saves because of higher steps of the earlier run. For that, prune also keeps the `keep_last`
+    /// newest steps up to the step that this process published last, or up to the step written last if this
+    /// process published none.
     ///
     /// # Errors
-    /// `Invalid` for a retention that keeps nothing; an I/O error when the directory cannot be read. A step
+    /// `Invalid` for a retention that keeps nothing. An I/O error when the directory cannot be read. A step
     /// that cannot be deleted is not an error of this call: see [`Pruned::complete`].
     pub fn prune(&self, retention: &Retention, options: PruneOptions) -> Result<Pruned> {
         self.prune_sparing(retention, options, |_| Ok(BTreeSet::new()))
     }
 
-    /// [`Catalog::prune`] that also keeps what `policy` keeps, such as the [best](super::Best). With a
-    /// retention that keeps all steps, only the newest durable step and those of the policy stay.
+    /// Like [`Catalog::prune`], but also keeps the steps that `policy` keeps, such as the
+    /// [best](super::Best). With a retention that keeps all steps, only the newest durable step and the steps
+    /// of the policy stay.
     ///
     /// # Errors
     /// As [`Catalog::prune`].
@@ -167,11 +172,11 @@ impl Catalog {
         Ok(gone)
     }
 
-    /// Deletes those of the steps returned by `choose` that are older than the newest durable one, oldest
-    /// first. Otherwise as [`Catalog::prune`].
+    /// Deletes the steps that `choose` returns, oldest first, except steps that are not older than the newest
+    /// durable step. Otherwise as [`Catalog::prune`].
     ///
     /// # Errors
-    /// As [`Catalog::prune`], and when a step cannot be deleted.
+    /// As [`Catalog::prune`], and an error when a step cannot be deleted.
     pub(crate) fn prune_chosen(&self, choose: impl FnOnce(&[Entry]) -> BTreeSet<u64>) -> Result<Pruned> {
         let entries = self.everything()?.0;
         let mut pruned = self.pruning()?;
@@ -186,12 +191,12 @@ impl Catalog {
         pruned.complete()
     }
 
-    /// Deletes `step` under every name that it has, even if it is damaged.
+    /// Deletes `step` under each of its names, even if it is damaged.
     ///
     /// # Errors
-    /// `NotFound` when the step does not exist. `Invalid` when it is [marked](Mark) keep, or when no other
-    /// step is durable and, if the options require it, sound; nothing is deleted then. An I/O error when the
-    /// directory cannot be read.
+    /// `NotFound` when the step does not exist. `Invalid` when the step is [marked](Mark) keep, or when no
+    /// other step is durable and, if the options require it, sound; nothing is deleted then. An I/O error
+    /// when the directory cannot be read.
     pub fn delete(&self, step: u64, options: PruneOptions) -> Result<Pruned> {
         let (entries, problems) = self.everything()?;
         let problems: Vec<_> =
@@ -215,11 +220,11 @@ impl Catalog {
         Ok(pruned)
     }
 
-    /// Reads every step in full and deletes the damaged ones of this library. A step that cannot be read at
+    /// Reads every step in full and deletes the damaged steps of this library. A step that cannot be read at
     /// present stays.
     ///
     /// # Errors
-    /// `Invalid` when there are damaged steps and none that is sound and durable; nothing is deleted then. An
+    /// `Invalid` when there are damaged steps but no step is sound and durable; nothing is deleted then. An
     /// I/O error when the directory cannot be read.
     pub fn delete_damaged(&self, options: PruneOptions) -> Result<Pruned> {
         let (entries, problems) = self.everything()?;
@@ -254,7 +259,7 @@ impl Catalog {
         Ok(Pruned { marks: self.read_marks()?, ..Pruned::default() })
     }
 
-    /// Requires that one of `entries`, which stay, is durable and, if `verify` requires it, sound.
+    /// Requires that one of the remaining `entries` is durable and, if `verify` requires it, sound.
     pub(super) fn demand(&self, entries: &[Entry], verify: Verify, pruned: &mut Pruned) -> Result<()> {
         if !self.counted(entries, 1, verify, &mut false, pruned).is_empty() {
             return Ok(());
@@ -267,7 +272,7 @@ impl Catalog {
         })
     }
 
-    /// Returns the newest `wanted` steps that count: durable and, if `verify` requires it, sound. Older ones
+    /// Returns the newest `wanted` steps that count: durable and, if `verify` requires it, sound. Older steps
     /// are not checked. `sound` says whether a remaining step is known to be sound.
     fn counted(
         &self,
@@ -326,7 +331,7 @@ impl Catalog {
         counted
     }
 
-    /// Reads a step in full, unless this process already knows that it is sound or what is wrong with it.
+    /// Reads a step in full, unless this process already knows that it is sound or damaged.
     fn find_sound(&self, entry: &Entry) -> Result<()> {
         self.unblemished(entry)?;
         if self.known().sound.contains(&entry.attempt) {
@@ -346,7 +351,7 @@ impl Catalog {
         self.known().damaged.get(&entry.attempt).map_or(Ok(()), |error| Err(error.clone()))
     }
 
-    /// Removes the `entries` for which `goes` is true, unless an attempt may be published under their names.
+    /// Removes the `entries` for which `goes` is true, except names under which an attempt may be published.
     pub(super) fn take(&self, entries: Vec<Entry>, goes: impl Fn(&Entry) -> bool, dry_run: bool, pruned: &mut Pruned) {
         for entry in entries {
             if pruned.vanished.contains(&entry.name) {
@@ -378,7 +383,7 @@ impl Catalog {
         }
     }
 
-    /// Removes damaged steps of this library, each after another check, but for those marked keep.
+    /// Removes damaged steps of this library, except steps marked keep. Checks each step again before.
     pub(super) fn take_damaged(&self, problems: Vec<Problem>, dry_run: bool, pruned: &mut Pruned) {
         let (kept, problems): (Vec<_>, Vec<_>) =
             problems.into_iter().partition(|problem| pruned.marks.keep_number(problem.step));

@@ -1,10 +1,10 @@
-//! Which steps to keep: a pure decision, without the deletion.
+//! Decides which steps to keep. Deletes nothing itself.
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
-/// Which steps to keep. If neither is set, all of them.
+/// Which steps to keep. If neither field is set, all steps are kept.
 ///
 /// ```
 /// use ashore::Retention;
@@ -16,9 +16,9 @@ use std::collections::BTreeSet;
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Retention {
-    /// Keep this many of the newest durable steps, and every newer step; at least 1. None: keep all steps.
+    /// Keep this many of the newest durable steps, and every newer step. At least 1. None: keep all steps.
     pub keep_last: Option<usize>,
-    /// Also keep older steps that are multiples of this; at least 1. None: keep no older step. Needs
+    /// Also keep older steps that are multiples of this number. At least 1. None: keep no older step. Needs
     /// `keep_last`.
     pub keep_every: Option<u64>,
 }
@@ -56,10 +56,10 @@ impl Retention {
         }
     }
 
-    /// Returns which of `steps` to delete, ascending. `durable` are those known to be durable.
+    /// Returns which of `steps` to delete, in ascending order. `durable` are the steps known to be durable.
     ///
-    /// Only durable steps count: each deleted step is older than `keep_last` steps that survive a crash. So
-    /// the newest durable step and all newer steps are never deleted.
+    /// Only durable steps count, so each deleted step is older than `keep_last` steps that survive a crash.
+    /// The newest durable step and all newer steps are never deleted.
     ///
     /// # Errors
     /// As [`Retention::check`].

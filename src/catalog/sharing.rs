@@ -1,4 +1,4 @@
-//! Files that several steps share: names of one file, which a step that did not change it was given.
+//! Files that several steps share. A step whose file did not change got another name of the older file.
 
 use super::Catalog;
 use crate::error::{ErrorKind, Result};
@@ -6,7 +6,7 @@ use crate::storage::Inode;
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-/// A step that has a file of another step: the same bytes on the medium.
+/// A step that shares a file with another step, so that both have the same bytes on the medium.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Sharing {
@@ -21,9 +21,9 @@ pub struct Sharing {
 }
 
 impl Catalog {
-    /// Returns the other steps that share the file `file` of the step in the directory `name`, oldest first:
-    /// damage of the file is damage of them all. Also looks at steps that cannot be opened. Clones, which
-    /// share blocks and not the file, are not found.
+    /// Returns the other steps that share the file `file` of the step in the directory `name`, oldest first.
+    /// Damage of the file is damage of all of these steps. Steps that cannot be opened are included. Clones
+    /// are not found, because they share blocks and not the file.
     ///
     /// # Errors
     /// `NotFound` when there is no such directory; an I/O error.
@@ -49,7 +49,7 @@ impl Catalog {
         Ok(found)
     }
 
-    /// The files of the step `name` that have several names; none where that is unknown.
+    /// The files of the step `name` that have several names. Empty if that is unknown.
     pub(super) fn shared_files(&self, name: &str) -> Vec<Inode> {
         if self.storage.directory().is_none() {
             return Vec::new();
@@ -63,13 +63,13 @@ impl Catalog {
     }
 }
 
-/// The files with several names of the steps that a prune removes: by identity, how many names there were,
-/// and how many of them go.
+/// The files with several names in the steps that a prune removes. For each identity: how many names the file
+/// had, and how many of them the prune removes.
 #[derive(Clone, Debug, Default)]
 pub(super) struct SharedFiles(HashMap<(u64, u64), (u64, u64)>);
 
 impl SharedFiles {
-    /// Counts the names of one step, and returns the bytes of its files that stay under others.
+    /// Counts the names of one step, and returns the bytes of its files that stay under other names.
     pub(super) fn staying(&mut self, files: &[Inode]) -> u64 {
         let mut staying = 0;
         for inode in files {

@@ -1,4 +1,4 @@
-//! What this process knows about attempts, and how it deletes one step or a dead attempt.
+//! Records what this process knows about attempts, and deletes a single step or a dead attempt.
 
 use super::{Catalog, Entry, Known};
 use crate::checkpoint::Checkpoint;
@@ -25,8 +25,8 @@ impl Catalog {
         }
     }
 
-    /// Records that `attempt` is about to be published as `name`. Until its outcome is known it does not
-    /// count and is not deleted, and neither is the step that it may replace.
+    /// Records that `attempt` is about to be published as `name`. Until its outcome is known, the attempt
+    /// does not count and is not deleted. The same holds for the step that it may replace.
     ///
     /// # Errors
     /// `Busy` when a prune has been deleting that step for too long.
@@ -47,8 +47,8 @@ impl Catalog {
         self.known().pending.remove(&attempt);
     }
 
-    /// Records that the publish of `attempt` ended as `Indeterminate`: it never counts in this process. A
-    /// later fsync would prove nothing, because the kernel reports a lost write only once.
+    /// Records that the publish of `attempt` ended as `Indeterminate`. The attempt never counts in this
+    /// process: a later fsync would prove nothing, because the kernel reports a lost write only once.
     #[doc(hidden)]
     pub fn doubt(&self, attempt: Attempt) {
         let mut known = self.known();
@@ -58,7 +58,7 @@ impl Catalog {
         known.doubtful.insert(attempt);
     }
 
-    /// Removes attempts and trash of dead owners, and only those. Reports what it kept, and why.
+    /// Removes only attempts and trash of dead owners. Reports what it kept, and why.
     ///
     /// # Errors
     /// When the directory cannot be read.
@@ -79,7 +79,7 @@ impl Catalog {
 
     /// Removes `entry`, unless its name now belongs to another attempt than when it was listed.
     pub(super) fn remove(&self, entry: &Entry) -> Result<()> {
-        // Open first, then compare: only what was compared is removed.
+        // Open first, then compare, so that only the compared step is removed.
         let opened = self.storage.open(&entry.name)?;
         let there = Checkpoint::from_storage(self.storage.clone(), &entry.name)?;
         if there.attempt() != entry.attempt {
@@ -90,7 +90,7 @@ impl Catalog {
 
     /// Removes the step under `name` if this library made it and it is damaged.
     pub(crate) fn remove_damaged(&self, name: &str, dry_run: bool) -> Result<()> {
-        // Open first, then judge: only what was judged is removed.
+        // Open first, then judge, so that only the judged step is removed.
         let opened = self.storage.open(name)?;
         if self.damage(name).is_none() {
             let what = "the step is no longer damaged, or no longer one of this library; it was not removed";
@@ -99,8 +99,8 @@ impl Catalog {
         if dry_run { Ok(()) } else { self.storage.remove_opened(name, opened.as_ref()) }
     }
 
-    /// Returns what is wrong with the step under `name`, if this library made it and it is damaged: it cannot
-    /// be opened, or this process read it and found other bytes than were written.
+    /// Returns the damage of the step under `name`, if this library made the step. A step is damaged if it
+    /// cannot be opened, or if this process read it and found other bytes than were written.
     pub(crate) fn damage(&self, name: &str) -> Option<Error> {
         match Checkpoint::try_open(&self.storage, name) {
             Ok(checkpoint) => self.known().damaged.get(&checkpoint.attempt()).cloned(),
@@ -109,7 +109,7 @@ impl Catalog {
         }
     }
 
-    /// Forgets a removed attempt, so that a long run does not remember all of its saves.
+    /// Forgets a removed attempt, so that the memory of a long run does not grow with its saves.
     pub(super) fn forget(&self, attempt: Attempt) {
         let mut known = self.known();
         known.durable.remove(&attempt);
@@ -118,10 +118,10 @@ impl Catalog {
         known.own.retain(|own| *own != attempt);
     }
 
-    /// Makes the step durable, unless its outcome is still open: false then.
+    /// Makes the step durable. Returns false, and does nothing, if the outcome of its publish is still open.
     ///
     /// # Errors
-    /// When it cannot be made durable.
+    /// When the step cannot be made durable.
     pub(crate) fn is_settled(&self, entry: &Entry) -> Result<bool> {
         if self.known().pending.contains_key(&entry.attempt) {
             return Ok(false);

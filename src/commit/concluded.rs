@@ -1,4 +1,4 @@
-//! How the committer ends a save, by one rank or by several.
+//! The end of a save in the committer, for one rank and for several.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::AlignedBuffer;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 /// A save whose chunks are all done.
 pub(crate) struct Ending<'a> {
     pub request: &'a Request,
-    /// None when the save failed before it had one.
+    /// None when the save failed before it had an attempt.
     pub attempt: Option<Arc<dyn Writing>>,
     pub receipts: Result<Receipts>,
     /// The path of the step.
@@ -21,13 +21,13 @@ pub(crate) struct Ending<'a> {
     pub table: &'a mut AlignedBuffer,
 }
 
-/// How a save ended. The future resolves later, after the step was counted.
+/// The result of a save. Its future resolves later, after the step was counted.
 pub(crate) enum Concluded {
-    /// It is durable. The replaced copy and the `latest` hint can be tidied.
+    /// The step is durable. The replaced copy can be deleted and the `latest` hint updated.
     Durable(Committed, Arc<dyn Writing>),
-    /// It may or may not be durable, so it must not be counted.
+    /// The step may or may not be durable, so it must not be counted.
     Doubtful(Error),
-    /// It was not published.
+    /// The step was not published.
     Failed {
         why: Error,
         /// The attempt, if it could not be deleted.
@@ -35,7 +35,7 @@ pub(crate) enum Concluded {
     },
 }
 
-/// Abandons the attempt of a save that failed, and says how the save ended.
+/// Abandons the attempt of a failed save, and returns the result of the save.
 pub(super) fn concluded(ticket: &Ticket, attempt: Option<Arc<dyn Writing>>, committed: Result<Committed>) -> Concluded {
     match (committed, attempt) {
         (Ok(committed), Some(attempt)) => {

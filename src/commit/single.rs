@@ -41,10 +41,10 @@ fn commit(ending: Ending<'_>) -> Result<Committed> {
     Ok(committed(request, &receipts, path))
 }
 
-/// Moves the save to `phase`, after which it cannot be failed any more.
+/// Moves the save to `phase`. From then on the save cannot be failed any more.
 ///
 /// # Errors
-/// Why it has failed before.
+/// The reason, if the save has failed before.
 pub(super) fn enter(ticket: &Ticket, phase: Phase) -> Result<()> {
     if ticket.enter(phase) {
         return Ok(());
@@ -53,18 +53,18 @@ pub(super) fn enter(ticket: &Ticket, phase: Phase) -> Result<()> {
     Err(ticket.failure().unwrap_or_else(gone))
 }
 
-/// The digests of what this process has written.
+/// The digests of the bytes that this process has written.
 pub(super) struct Summary {
-    /// Of each tensor of the plan, with the range of `blocks` that has those of its blocks.
+    /// The digest of each tensor of the plan, with the range of `blocks` that has the digests of its blocks.
     pub tensors: Vec<(Digest, Range<usize>)>,
     pub blocks: Vec<Digest>,
-    /// Of each shard: of its header, and of all of it.
+    /// For each shard, the digest of its header and of the whole shard.
     pub shards: Vec<(Digest, Digest)>,
-    /// Of tensors on devices, as they were at `save`, by their index in the state dict.
+    /// The digests at `save` of tensors on devices, by their index in the state dict.
     pub on_devices: Vec<(usize, Digest)>,
 }
 
-/// Combines the digests of segments and chunks, and looks for tensors that changed since `save`.
+/// Combines the digests of segments and chunks, and checks for tensors that changed since `save`.
 pub(super) fn summarize(request: &Request, receipts: &Receipts) -> Result<Summary> {
     let plan = &request.plan;
     let (segments, chunks) = (&receipts.digests, &receipts.chunks);
@@ -75,7 +75,7 @@ pub(super) fn summarize(request: &Request, receipts: &Receipts) -> Result<Summar
     Ok(Summary { tensors, blocks, shards, on_devices })
 }
 
-/// Fills in the table of what this process has written.
+/// Fills the table of the tensors that this process has written.
 fn fill_table(request: &Request, receipts: &Receipts, out: &mut AlignedBuffer) -> Result<TableEntry> {
     let (ticket, plan) = (&request.ticket, &request.plan);
     let Summary { tensors, blocks, shards, .. } = summarize(request, receipts)?;
@@ -89,7 +89,8 @@ fn fill_table(request: &Request, receipts: &Receipts, out: &mut AlignedBuffer) -
     plan.table.fill((ticket.step, ticket.attempt()), files, slices, out)
 }
 
-/// The manifest of a step whose table is `entry`; `files` is the length of all files that the table names.
+/// The manifest of a step with the table `entry`. `files` is the total length of all files that the table
+/// names.
 fn manifest(request: &Request, files: u64, entry: TableEntry) -> Manifest {
     Manifest {
         session: request.session.map(|(session, _)| session),
@@ -131,8 +132,9 @@ pub(super) fn committed(request: &Request, receipts: &Receipts, path: PathBuf) -
     }
 }
 
-/// Returns the digest of a tensor, from those of its segments, and the range of `blocks` to which the digests
-/// of its blocks were added, if it is long enough to have any. Segments end where blocks end.
+/// Combines the digests of a tensor's segments into the digest of the tensor. Adds the digests of its blocks
+/// to `blocks`, if the tensor is long enough to have blocks, and returns their range. Segments end where
+/// blocks end.
 fn digests(plan: &Plan, tensor: &Planned, all: &[Digest], blocks: &mut Vec<Digest>) -> (Digest, Range<usize>) {
     let begin = blocks.len();
     let mut whole = Digest::EMPTY;
@@ -158,7 +160,7 @@ pub(crate) fn shard_digests(plan: &Plan, shard: &Shard, segments: &[Digest], chu
     (header, Digest::concat(parts.map(|(chunk, digest)| (*digest, chunk.length as u64))))
 }
 
-/// Compares the staged tensors with their digests at `save`; a difference means that a fence was forgotten.
+/// Compares the staged tensors with their digests at `save`. A difference means that a fence was forgotten.
 /// Returns the digests of tensors on devices.
 fn unchanged(request: &Request, tensors: &[(Digest, Range<usize>)]) -> Result<Vec<(usize, Digest)>> {
     let on_devices = (request.device_digests.0)().unwrap_or_else(|error| {

@@ -1,4 +1,4 @@
-//! A job of one rank.
+//! The coordinator of a job of one rank.
 
 use super::{Coordinator, Hello, Member, Round, Session, checked_length, told};
 use crate::error::Result;

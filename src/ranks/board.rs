@@ -1,10 +1,10 @@
-//! Messages between ranks over a board: a place where all ranks put small messages under names, and look for
-//! those of the others. `board/meeting.rs` brings the ranks together.
+//! A coordinator over a board: a place where all ranks put small messages under names, and read the messages
+//! of the other ranks. `board/meeting.rs` brings the ranks together.
 //!
-//! A message lies under `<session>/<save>-<phase>-<rank>`, and that of rank 0 to all under
-//! `<session>/<save>-<phase>-told`. A message that is put twice is put once, and one that names another round
-//! inside is none. A rank removes its messages of a save two saves later: rank 0 comes to a save only when
-//! every rank has ended the one before.
+//! A message lies under `<session>/<save>-<phase>-<rank>`, and the message of rank 0 to all under
+//! `<session>/<save>-<phase>-told`. Putting a message twice has the same effect as putting it once. A message
+//! that contains another round is ignored. A rank removes its messages of a save two saves later, because
+//! rank 0 begins a save only when every rank has ended the save before.
 
 mod meeting;
 
@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
-/// What a board knows about the process that announced something.
+/// What a board knows about the process that made an announcement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Life {
     Alive,
@@ -27,24 +27,25 @@ pub(crate) enum Life {
     Unknown,
 }
 
-/// A place of small messages with a clock. Names are `<folder>/<name>` of letters, digits and dashes.
+/// A place for small messages, with a clock. Names are `<folder>/<name>` and consist of letters, digits and
+/// dashes.
 ///
-/// A simulation has a board and a clock of its own below the same code. No call lasts beyond its deadline by
-/// more than one operation of the medium.
+/// A simulation runs the same code over a simulated board and clock. No call exceeds its deadline by more
+/// than one operation of the medium.
 pub(crate) trait Board: Send + Sync + Debug {
-    /// Lives as long as an announcement is true.
+    /// Keeps an announcement valid until it is dropped.
     type Held: Send + Sync + Debug;
 
-    /// Every rank sees what any rank has put; else only what concerns it.
+    /// True if every rank sees the messages of all ranks; false if it sees only messages to itself.
     const SHOWS_ALL: bool = true;
 
-    /// Refuses a run token that does not tell this run from others.
+    /// Refuses a run token that does not distinguish this run from others.
     fn check_token(&self, token: &str) -> Result<()>;
 
-    /// Puts a message whole, in place of one with the same name.
+    /// Puts a message atomically. Replaces a message with the same name.
     fn put(&self, key: &str, bytes: &[u8], until: Instant) -> Result<()>;
 
-    /// Puts a message that others can ask `life` about, and holds it: by a lock or a lease.
+    /// Puts a message, and holds it by a lock or a lease, so that others can ask for its `life`.
     fn announce(&self, key: &str, bytes: &[u8], until: Instant) -> Result<Self::Held>;
 
     /// Returns a message, or its first `longest + 1` bytes.
@@ -53,22 +54,23 @@ pub(crate) trait Board: Send + Sync + Debug {
     /// Returns the names in a folder.
     fn list(&self, folder: &str, until: Instant) -> Result<Vec<String>>;
 
-    /// Removes a message that may be there.
+    /// Removes a message, if it exists.
     fn remove(&self, key: &str, until: Instant);
 
     /// Removes the messages of all sessions but this one.
     fn remove_others(&self, session: &str, until: Instant);
 
-    /// Says whether the process that announced `key` lives; `nearby` if it runs on this boot of this host.
+    /// Returns whether the process that announced `key` lives. `nearby`: that process runs on this boot of
+    /// this host.
     fn life(&self, key: &str, nearby: bool, until: Instant) -> Life;
 
-    /// Says what else a missing rank can mean, for texts.
+    /// Returns, for messages, what else can be the reason for a missing rank.
     fn hint(&self) -> &'static str;
 
     fn now(&self) -> Instant;
 
-    /// Waits until a message whose name begins with `prefix` may have come or changed; `turn` counts the
-    /// waits since one last had. Returns at `until` at the latest.
+    /// Waits until a message whose name begins with `prefix` may have arrived or changed. `turn` counts the
+    /// waits since the last such message. Returns at `until` at the latest.
     fn wait(&self, prefix: &str, turn: u32, until: Instant);
 }
 
@@ -77,10 +79,10 @@ pub(crate) trait Board: Send + Sync + Debug {
 struct Met<H> {
     pub session: Uuid,
     pub key: String,
-    /// Of each rank whose life concerns this one: the name of its announcement and its greeting. Rank 0 knows
-    /// all ranks, the others rank 0.
+    /// The name of the announcement and the greeting of each rank that this rank depends on. Rank 0 knows all
+    /// ranks; the other ranks know rank 0.
     pub others: BTreeMap<u32, (String, Greeting)>,
-    /// Mine, and whether I know another greeting to be of this boot.
+    /// The greeting of this rank. It tells whether another greeting is of the same boot.
     pub me: Greeting,
     pub _held: H,
 }
@@ -91,15 +93,15 @@ pub(crate) struct OnBoard<B: Board> {
     pub board: B,
     pub member: Member,
     met: Mutex<Option<Arc<Met<B::Held>>>>,
-    /// My messages that are still there: save and name.
+    /// The messages of this rank that are not removed yet: save and name.
     sent: Mutex<VecDeque<(u64, String)>>,
 }
 
-/// How long after a wait began the lives of missing ranks are looked at.
+/// Number of turns of a wait before it checks whether missing ranks live.
 const TURNS_BEFORE_LOOKING: u32 = 3;
-/// So many lives are looked at in one turn: each look is an operation of the board.
+/// Number of ranks that are checked in one turn before the deadline. Each check is an operation of the board.
 const LIVES_IN_A_TURN: usize = 64;
-/// How long clean-up and questions without a deadline of their own may take, and the last look at a deadline.
+/// Time limit of clean-up, of calls without a deadline of their own, and of the last look at a deadline.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 impl<B: Board> OnBoard<B> {
@@ -133,7 +135,7 @@ impl<B: Board> OnBoard<B> {
         Ok(())
     }
 
-    /// Takes the names of my messages that no rank needs any more.
+    /// Takes the names of this rank's messages that no rank needs any more.
     fn outdated(&self, save: u64) -> Vec<String> {
         let mut sent = lock(&self.sent);
         let old = sent.iter().take_while(|(sent, _)| sent.saturating_add(1) < save).count();
@@ -170,7 +172,7 @@ impl<B: Board> OnBoard<B> {
         Ok(ControlFlow::Continue(()))
     }
 
-    /// Returns those of `ranks` that are known to be dead.
+    /// Returns the ranks among `ranks` that are known to be dead.
     fn dead(&self, met: &Met<B::Held>, ranks: impl Iterator<Item = u32>, until: Instant) -> Vec<u32> {
         let is_dead = |rank: &u32| {
             let Some((key, other)) = met.others.get(rank) else { return false };
@@ -238,8 +240,8 @@ impl<B: Board> Coordinator for OnBoard<B> {
             match collected {
                 Ok(ControlFlow::Break(())) => return Ok(()),
                 Ok(ControlFlow::Continue(())) => {}
-                // A board has little time for the last look. Where it does not answer, earlier looks have
-                // found who is missing.
+                // The last look has little time. If the board does not answer, earlier looks have found which
+                // ranks are missing.
                 Err(error) if is_last && error.kind() == ErrorKind::Unavailable => {
                     return Err(self.late("not all ranks sent their message in time", missing).with_source(error));
                 }

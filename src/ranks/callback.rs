@@ -20,11 +20,11 @@ const GRACE: Duration = Duration::from_millis(100);
 /// The coordinator over an all-gather of the program: torch's gloo or NCCL, or anything else.
 ///
 /// The function gets the message of this rank and a deadline, and returns the messages of all ranks in the
-/// order of ranks. Messages have different lengths, each below 4.2 KiB. A thread of the coordinator calls it,
-/// so that a function that does not keep to its deadline delays no save beyond it.
+/// order of ranks. Messages have different lengths, each below 4.2 KiB. A thread of the coordinator calls the
+/// function, so that a function that exceeds its deadline does not delay a save beyond it.
 ///
 /// Every message carries the key of its round. A collective that fails, or returns a message with another
-/// key, breaks the group: the ranks may be out of step from then on. Every later call fails with
+/// key, breaks the group, because the ranks may be out of step from then on. Every later call fails with
 /// `Unavailable` until the ranks meet again, which needs an all-gather that still works. Every rank receives
 /// all messages, so a job of more than about 10,000 ranks needs another coordinator.
 ///
@@ -46,7 +46,7 @@ pub struct Callback {
 struct State {
     session: Option<Uuid>,
     broken: bool,
-    /// The answer to a call that had not returned at its deadline.
+    /// Receives the answer of a call that had not returned at its deadline.
     outstanding: Option<Receiver<Result<Vec<Vec<u8>>>>>,
     /// The ranks that the last failure named.
     missing: Option<(Round, Vec<u32>)>,

@@ -16,14 +16,14 @@ use uuid::Uuid;
 
 /// The coordinator of ranks that see one directory: no network and no server.
 ///
-/// Messages are files of at most 4 KiB below `<root>/.ranks/`, written under another name and renamed. A rank
-/// that waits looks after 1 ms, 2 ms and so on, and then every 50 ms. A rank that dies on the host of rank 0
-/// is noticed at once, because the kernel releases the lock on its greeting; one on another host is
-/// missing at the deadline.
+/// Messages are files of at most 4 KiB below `<root>/.ranks/`, written under another name and renamed. A
+/// waiting rank looks for files after 1 ms, 2 ms and so on, and then every 50 ms. The death of a rank on the
+/// host of rank 0 is noticed at once, because the kernel releases the lock on its greeting. A dead rank on
+/// another host is missing at the deadline.
 ///
 /// The directory must show a file to all hosts soon after it was created: ext4, xfs, Lustre and CephFS do.
-/// NFS clients cache names for up to a minute: mount it with `lookupcache=none,actimeo=0`, or use another
-/// coordinator. At most about 1,000 ranks: rank 0 lists a name for each.
+/// NFS clients cache names for up to a minute: mount the file system with `lookupcache=none,actimeo=0`, or
+/// use another coordinator. Use it for at most about 1,000 ranks, because rank 0 lists a name for each.
 ///
 /// ```
 /// use ashore::ranks::{Coordinator, Hello, Member, Phase, Round, Session, SharedDirectory};
@@ -62,12 +62,12 @@ use uuid::Uuid;
 pub struct SharedDirectory(OnBoard<Directory>);
 
 impl SharedDirectory {
-    /// Creates the coordinator of one rank. `root` is the directory of the steps, or another one when the
-    /// steps lie in an object store; all ranks name the same one.
+    /// Creates the coordinator of one rank. `root` is the directory of the steps, or another directory if the
+    /// steps lie in an object store. All ranks pass the same directory.
     ///
     /// # Errors
-    /// `Invalid` if the rank is not below the number of ranks, or `root` is a URL. What is wrong with the
-    /// directory is found when the ranks meet.
+    /// `Invalid` if the rank is not below the number of ranks, or `root` is a URL. Errors of the directory
+    /// are found when the ranks meet.
     pub fn new(root: impl AsRef<Path>, member: Member) -> Result<Self> {
         let root = root.as_ref();
         if root.to_str().is_some_and(|root| root.contains("://")) {
@@ -90,7 +90,7 @@ struct Directory {
 /// A greeting whose lock says that its process lives.
 #[derive(Debug)]
 struct Held {
-    /// Taken when it is dropped.
+    /// None once this is being dropped.
     file: Option<File>,
     guard: ForkGuard,
 }
@@ -137,7 +137,7 @@ impl Directory {
 
     fn open(&self, key: &str) -> Result<Option<File>> {
         let path = self.path(key);
-        // A name of another program's making can be a link, or a pipe, which must not block this thread.
+        // A file that another program made can be a link, or a pipe, which must not block this thread.
         let opened = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path);
         let file = match opened {
             Ok(file) => file,
@@ -224,9 +224,9 @@ impl Board for Directory {
 
     fn life(&self, key: &str, nearby: bool, _until: Instant) -> Life {
         match self.open(key) {
-            // It was removed when its process left.
+            // The process removed its greeting when it left.
             Ok(None) => Life::Dead,
-            // A host without locks across hosts says that another's are free.
+            // A host without locks across hosts reports that the locks of another host are free.
             Ok(Some(file)) if nearby => match file.try_lock_shared() {
                 Ok(()) => Life::Dead,
                 Err(TryLockError::WouldBlock) => Life::Alive,
@@ -251,7 +251,7 @@ impl Board for Directory {
 }
 
 impl Directory {
-    /// Removes a meeting that began more than a day ago: of a run that had another token.
+    /// Removes a meeting that began more than a day ago, which belongs to a run with another token.
     fn remove_old(&self, folder: &str) {
         let path = self.path(folder);
         let a_day = Duration::from_secs(24 * 3600);

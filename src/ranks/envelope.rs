@@ -1,5 +1,5 @@
-//! Messages as bytes: what a message is about, who sent it, and a digest, so that bytes of another round, of
-//! another program, or cut short are never taken for a message.
+//! Encodes messages as bytes, with their subject, their sender and a digest. So bytes of another round or
+//! another program, or truncated bytes, are never taken for a message.
 
 use super::{Hello, MAX_MESSAGE, Phase, Round, Session};
 use crate::digest::Digest;
@@ -23,9 +23,9 @@ pub(super) enum About {
     Tell(Round),
     /// Rank 0 calls the ranks together.
     Call(Uuid),
-    /// A rank answers this call.
+    /// The answer of a rank to this call.
     Greeting(Uuid),
-    /// How this call ended.
+    /// The verdict of rank 0 on this call.
     Verdict(Uuid),
 }
 
@@ -44,7 +44,7 @@ impl About {
 
     fn from_parts(kind: u8, id: Uuid, save: u64) -> Option<Self> {
         let round = |phase: u8| Some(Round { session: id, save, phase: *PHASES.get(usize::from(phase))? });
-        // A meeting has no save: what names one is no message.
+        // A meeting has no save, so an envelope of a meeting that names a save is not a message.
         match (kind, save) {
             (0..4, _) => round(kind).map(Self::Gather),
             (4..8, _) => round(kind - 4).map(Self::Tell),
@@ -70,7 +70,7 @@ pub(super) fn pack(about: About, rank: u32, message: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Returns what a message is about, its sender and its bytes; None if `bytes` are no whole message.
+/// Returns the subject, the sender and the bytes of a message. None if `bytes` are not a whole message.
 pub(super) fn unpack(bytes: &[u8]) -> Option<(About, u32, &[u8])> {
     let (packed, digest) = bytes.split_last_chunk::<8>()?;
     let (magic, rest) = packed.split_first_chunk::<4>()?;
@@ -85,13 +85,13 @@ pub(super) fn unpack(bytes: &[u8]) -> Option<(About, u32, &[u8])> {
     Some((about, u32::from_le_bytes(*rank), message))
 }
 
-/// What a rank says when it meets the others: its hello, and what makes this hello the one of this meeting.
+/// The message of a rank when it meets the others: its hello, and the identity of this meeting.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Greeting {
     pub hello: Hello,
-    /// Drawn at each call of `meet`: one process can meet the others several times.
+    /// Drawn at random at each call of `meet`, because one process can meet the others several times.
     pub meeting: Uuid,
-    /// The boot of its host: a lock says something about processes of the same boot only.
+    /// The boot of the host of the rank. A lock is meaningful only for processes of the same boot.
     pub boot: String,
 }
 
@@ -123,7 +123,7 @@ impl Greeting {
     }
 }
 
-/// How a meeting ended.
+/// The result of a meeting.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Verdict {
     /// A session was opened, with these greetings in the order of ranks.
@@ -133,7 +133,7 @@ pub(super) enum Verdict {
 }
 
 impl Verdict {
-    /// The longest verdict for so many ranks.
+    /// The maximum length of a verdict for `world` ranks.
     pub fn longest(world: u32) -> usize {
         MAX_ENVELOPE + 48 * world as usize
     }
@@ -155,7 +155,7 @@ impl Verdict {
     }
 }
 
-/// Reads bytes as each kind of message, and panics when one that is accepted is not packed again as it was.
+/// Reads bytes as each kind of message. Panics if packing an accepted message does not give the same bytes.
 pub(crate) fn read_any(bytes: &[u8]) {
     if let Some((about, rank, message)) = unpack(bytes) {
         assert_eq!(pack(about, rank, message), bytes, "a message is packed in another way");
@@ -191,7 +191,7 @@ mod tests {
         assert_eq!(pack(meeting[0], 0, &[0; MAX_MESSAGE]).len(), MAX_ENVELOPE);
     }
 
-    /// Fuzzing found that the number was not looked at, so that such bytes were taken for a message.
+    /// Fuzzing found that the number was not checked, so that such bytes were taken for a message.
     #[test]
     fn a_message_of_a_meeting_that_names_a_save_is_no_message() {
         let mut bytes = pack(About::Call(Uuid::nil()), 0, b"");

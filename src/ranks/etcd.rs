@@ -16,21 +16,22 @@ use std::time::{Duration, Instant};
 
 /// The seconds after which the server forgets a rank that does not renew its lease.
 const LEASE_SECONDS: u64 = 10;
-/// The seconds that a call and its verdict stay.
+/// The seconds for which the server keeps a call and its verdict.
 const MEETING_SECONDS: u64 = 24 * 3600;
-/// The longest single request: a server that hangs is asked again, or another one.
+/// The time limit of a single request. After that, a hanging server is asked again, or another server is
+/// asked.
 const REQUEST: Duration = Duration::from_secs(5);
 
 /// The coordinator of ranks that reach an etcd cluster, version 3.4 or later.
 ///
-/// A rank holds a lease on its greeting: one that dies is noticed 10 to 15 s later, on any host. Rank 0
-/// watches the messages of a round, and each other rank that of rank 0. A save costs two puts and about two
-/// watches per rank. A server that does not answer is asked again, or the next one of the list, until the
-/// deadline.
+/// A rank holds a lease on its greeting, so the death of a rank on any host is noticed 10 to 15 s later. Rank
+/// 0 watches the messages of a round, and each other rank watches the message of rank 0. A save costs two
+/// puts and about two watches per rank. If a server does not answer, it or the next server of the list is
+/// asked again, until the deadline.
 ///
-/// Requests go to the JSON gateway of the server's client address, which etcd has unless it runs with
-/// `--enable-grpc-gateway=false`. They are neither encrypted nor authenticated: use a server, or a proxy on
-/// this host, that only the job's network reaches.
+/// Requests go to the JSON gateway at the server's client address. The gateway is present unless etcd runs
+/// with `--enable-grpc-gateway=false`. Requests are neither encrypted nor authenticated: use a server, or a
+/// proxy on this host, that only the job's network reaches.
 ///
 /// ```no_run
 /// use ashore::ranks::{Etcd, launcher};
@@ -46,8 +47,8 @@ impl Etcd {
     /// steps.
     ///
     /// # Errors
-    /// `Invalid` if no server is given, one does not begin with `http://`, or the rank is not below the
-    /// number of ranks. Whether servers answer is found when the ranks meet.
+    /// `Invalid` if no server is given, if a server does not begin with `http://`, or if the rank is not
+    /// below the number of ranks. Errors of the servers are found when the ranks meet.
     pub fn new(
         servers: impl IntoIterator<Item = impl Into<String>>,
         prefix: impl Into<String>,
@@ -60,7 +61,7 @@ impl Etcd {
         if servers.is_empty() {
             return Err(Error::invalid("no server of etcd is given"));
         }
-        // An agent of its own for watches, whose connections are closed when a wait ends.
+        // Watches have an agent of their own, because their connections are closed when a wait ends.
         let agent = || ureq::Agent::config_builder().http_status_as_error(false).proxy(None).build().new_agent();
         let client = Client { servers, agent: agent(), current: AtomicUsize::new(0) };
         let (client, prefix) = (Arc::new(client), prefix.into());
@@ -94,7 +95,8 @@ impl Client {
         }
     }
 
-    /// Asks until a server answers, and returns the answer; None if it has more than `longest` bytes.
+    /// Sends the request until a server answers, and returns the answer. None if the answer has more than
+    /// `longest` bytes.
     fn ask(&self, path: &str, request: &Value, longest: u64, until: Instant) -> Result<Option<Value>> {
         let mut pause = Duration::from_millis(20);
         loop {
@@ -127,7 +129,7 @@ impl Client {
         }
     }
 
-    /// Asks for something whose answer is short.
+    /// Sends a request whose answer is short.
     fn order(&self, path: &str, request: &Value, until: Instant) -> Result<Value> {
         let long = || Error::new(ErrorKind::Unavailable, format!("etcd answered too much path={path}"));
         self.ask(path, request, 64 << 10, until)?.ok_or_else(long)
@@ -145,7 +147,7 @@ struct Keys {
     client: Arc<Client>,
     prefix: String,
     world: u32,
-    /// The revision of the first answer since the last wait: what came later ends the next wait.
+    /// The revision of the first answer since the last wait. Changes after that revision end the next wait.
     since: Mutex<Option<u64>>,
     /// The lease of this rank's calls and verdicts.
     meeting: Mutex<Option<String>>,
@@ -210,7 +212,7 @@ impl Keys {
         let start = (since + 1).to_string();
         let request = json!({ "create_request": { "key": key, "range_end": range_end, "start_revision": start } });
         let body = self.client.send("/v3/watch", &request, patience).map_err(|e| e.to_string())?;
-        // One line per answer: the first says that the watch exists, the next one has an event.
+        // Each answer is one line. The first line says that the watch exists, the next line has an event.
         let mut lines = BufReader::new(body.into_with_config().limit(1 << 20).reader());
         let mut line = String::new();
         loop {
@@ -237,7 +239,7 @@ impl Board for Keys {
         if !key.starts_with("meeting-") {
             return self.put_under(key, bytes, None, until);
         }
-        // No later session removes the meeting of a run with another token, so it expires.
+        // No later session removes the meeting of a run with another token, so the meeting has to expire.
         let mut meeting = self.meeting.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if meeting.is_none() {
             meeting = Some(self.client.grant(MEETING_SECONDS, until)?);
@@ -253,7 +255,7 @@ impl Board for Keys {
         crate::thread::spawn("ashore-lease".into(), move || {
             let third = Duration::from_secs(LEASE_SECONDS) / 3;
             while stopped.recv_timeout(third) == Err(RecvTimeoutError::Timeout) {
-                // The loss of a lease is news for others; what a rank may do is decided on the storage.
+                // The loss of a lease matters only to other ranks. The storage decides what this rank may do.
                 if let Err(error) = client.order("/v3/lease/keepalive", &json!({ "ID": id }), Instant::now() + third) {
                     tracing::warn!(%error, "a rank cannot renew its lease, and may be taken for dead");
                 }
@@ -267,7 +269,7 @@ impl Board for Keys {
     fn read(&self, key: &str, longest: usize, until: Instant) -> Result<Option<Vec<u8>>> {
         let longest = longest as u64 * 4 / 3 + 4096;
         let Some(answer) = self.ask("/v3/kv/range", &json!({ "key": self.key(key) }), longest, until)? else {
-            // Longer than any message.
+            // The answer is longer than any message.
             return Ok(Some(Vec::new()));
         };
         let value = &answer["kvs"][0];
@@ -279,7 +281,7 @@ impl Board for Keys {
 
     fn list(&self, folder: &str, until: Instant) -> Result<Vec<String>> {
         let (key, range_end) = self.range(folder);
-        // A rank has the messages of two saves, and a greeting for each time that it met the others.
+        // A rank keeps the messages of two saves, and a greeting for each meeting.
         let most = 1000 + 16 * u64::from(self.world);
         let request = json!({ "key": key, "range_end": range_end, "keys_only": true, "limit": most.to_string() });
         let bytes = most * (400 + 2 * self.prefix.len() as u64);
@@ -326,7 +328,7 @@ impl Board for Keys {
     fn wait(&self, prefix: &str, turn: u32, until: Instant) {
         let since = self.since.lock().unwrap_or_else(PoisonError::into_inner).take();
         let left = || until.saturating_duration_since(Instant::now());
-        // A rank that has ended is looked for now and then.
+        // End the wait now and then, to check for ranks that have ended.
         let patience = left().min(Duration::from_secs(2));
         if patience.is_zero() {
             return;
@@ -342,7 +344,7 @@ impl Board for Keys {
     }
 }
 
-/// Numbers of 64 bits are texts in JSON.
+/// The gateway encodes numbers of 64 bits as JSON strings.
 fn number(value: &Value) -> Option<u64> {
     value.as_str().and_then(|text| text.parse().ok()).or_else(|| value.as_u64())
 }

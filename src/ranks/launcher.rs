@@ -1,10 +1,11 @@
-//! What launchers of jobs say about a process: its rank, the number of ranks, and the identity of the run.
+//! Reads what launchers of jobs say about a process: its rank, the number of ranks, and the identity of the
+//! run.
 //!
-//! Variables are inherited. The worker processes of a data loader see the `RANK` of their parent, and the
-//! batch script of a Slurm job sees the `SLURM_NTASKS` of the whole job while it is a single process. So the
-//! variables are read only when an executor is built, which such processes do not do; Slurm is judged by the
-//! step, which `srun` starts; and a program that a launcher started as one of several ranks must say whether
-//! they save together: [`Launched::undecided`] has the text.
+//! Processes inherit environment variables. The worker processes of a data loader see the `RANK` of their
+//! parent, and the batch script of a Slurm job sees the `SLURM_NTASKS` of the whole job although it is a
+//! single process. So the variables are read only when an executor is built, which such processes do not do.
+//! For Slurm only the variables of a step count, which `srun` starts. A program that a launcher started as
+//! one of several ranks must say whether these ranks save together; [`Launched::undecided`] has the text.
 //!
 //! | launcher | rank and number of ranks | run token |
 //! |---|---|---|
@@ -13,8 +14,8 @@
 //! | MPICH, Intel MPI, and others with PMI | `PMI_RANK`, `PMI_SIZE`, `MPI_LOCALRANKID` | `PMI_JOBID`, or Slurm's |
 //! | Slurm, by `srun` | `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS`, `SLURM_LOCALID` | `SLURM_JOB_ID`, `SLURM_STEP_ID`, `SLURM_RESTART_COUNT` |
 //!
-//! The first launcher of the table whose variables are set counts: torchrun may run below srun, and mpirun
-//! below a Slurm step of its own daemons.
+//! The first launcher of the table whose variables are set is used, because torchrun may run below srun, and
+//! mpirun below a Slurm step of its own daemons.
 
 use super::Member;
 use crate::error::{Error, Result};
@@ -23,7 +24,7 @@ use crate::error::{Error, Result};
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Launched {
-    /// Its position.
+    /// Its position among the ranks.
     pub member: Member,
     /// The identity of the run, if the launcher gives one that no other run has.
     pub token: Option<String>,
@@ -44,15 +45,15 @@ impl Launched {
     }
 }
 
-/// Returns the position that a launcher gave to this process; None without a launcher.
+/// Returns the position that a launcher gave to this process. None without a launcher.
 ///
 /// # Errors
-/// `Invalid` if a variable is no number, or the rank is not below the number of ranks.
+/// `Invalid` if a variable is not a number, or the rank is not below the number of ranks.
 pub fn detect() -> Result<Option<Member>> {
     Ok(launched()?.map(|launched| launched.member))
 }
 
-/// Returns all that a launcher says about this process; None without a launcher.
+/// Returns everything that a launcher says about this process. None without a launcher.
 ///
 /// # Errors
 /// As [`detect`].
@@ -108,14 +109,16 @@ pub fn read(lookup: impl Fn(&str) -> Option<String>) -> Result<Option<Launched>>
     if let Some(member) = member("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")? {
         let job = get("PMIX_NAMESPACE").or_else(|| get("OMPI_MCA_ess_base_jobid"));
         let server = get("OMPI_MCA_orte_hnp_uri");
-        // Before version 5 the name of a job is a number, which only the address of its mpirun makes unique.
+        // Before version 5 the name of a job is a number, which is unique only together with the address of
+        // its mpirun.
         let token = job.map(|job| server.map_or(job.clone(), |server| format!("{job}@{server}")));
         return Ok(found(member, "OMPI_COMM_WORLD_SIZE", token));
     }
     if let Some(member) = member("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")? {
         return Ok(found(member, "PMI_SIZE", get("PMI_JOBID").or_else(slurm)));
     }
-    // The rank of a step alone: a batch script has one, and its job's SLURM_NTASKS, and is one process.
+    // Use only the variables of a step: a batch script has a rank, too, and the SLURM_NTASKS of its job, but
+    // is one process.
     if get("SLURM_STEP_NUM_TASKS").is_some()
         && let Some(member) = member("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")?
     {
@@ -128,7 +131,7 @@ pub fn read(lookup: impl Fn(&str) -> Option<String>) -> Result<Option<Launched>>
     Ok(None)
 }
 
-/// Refuses a run token that does not tell this run from others.
+/// Refuses a run token that does not distinguish this run from others.
 pub(super) fn checked_token(token: &str) -> Result<()> {
     if !token.trim().is_empty() && token != "none" {
         return Ok(());
@@ -178,7 +181,7 @@ mod tests {
         ("TORCHELASTIC_USE_AGENT_STORE", "False"),
         ("WORLD_SIZE", "8"),
     ];
-    /// The batch script itself: one process, whatever the job has asked for.
+    /// The batch script itself, which is one process, whatever number the job requested.
     const SLURM_BATCH: &[(&str, &str)] = &[
         ("SLURM_JOB_ID", "4242"),
         ("SLURM_JOB_NUM_NODES", "2"),
@@ -209,7 +212,7 @@ mod tests {
         ("OMPI_COMM_WORLD_SIZE", "4"),
         ("OMPI_MCA_ess_base_jobid", "1093337089"),
         ("OMPI_MCA_orte_hnp_uri", "1093337088.0;tcp://10.0.0.7:40761"),
-        // Of the daemon on this host: another one on each.
+        // The address of the daemon on this host, different on each host.
         ("PMIX_SERVER_URI41", "1093337088.1;tcp4://127.0.0.1:44877"),
         ("OMPI_UNIVERSE_SIZE", "4"),
         ("PMIX_NAMESPACE", "1093337089"),

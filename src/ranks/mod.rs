@@ -1,16 +1,14 @@
 //! Coordination of the ranks that save one checkpoint together.
 //!
-//! A [`Coordinator`] carries small messages between rank 0 and the other ranks. It decides nothing: whether a
-//! step exists is decided on the storage, by a rename that rank 0 alone carries out. So a coordinator may
-//! lose, delay or repeat messages, and no step is torn by it.
+//! A [`Coordinator`] carries small messages between rank 0 and the other ranks. It decides nothing: a step
+//! exists only through a rename on the storage, which rank 0 alone carries out. So a coordinator may lose,
+//! delay or repeat messages without tearing a step.
 //!
 //! **Consistency.** Every message belongs to a [`Round`]: session, save and phase. A coordinator returns no
-//! message of another round.
-//! **Completion.** Every wait ends at its deadline, with an error of kind `Deadline` that names the ranks
-//! which are missing, as far as they are known.
-//! **Crash.** A rank that is started again has a new nonce, so it is in no session until the ranks meet
-//! again.
-//! **Failure.** A rank that is known to be dead ends a wait early, with `Unavailable`.
+//! message of another round. **Completion.** Every wait ends at its deadline, with an error of kind
+//! `Deadline` that names the missing ranks, as far as they are known. **Crash.** A rank that is started again
+//! has a new nonce, so it is in no session until the ranks meet again. **Failure.** If a rank is known to be
+//! dead, waits for it end early, with `Unavailable`.
 //!
 //! | coordinator | needs | notices a dead rank | a message costs |
 //! |---|---|---|---|
@@ -74,12 +72,12 @@ impl Member {
     pub const ALONE: Self = Self { rank: 0, world: 1, local_rank: 0 };
 }
 
-/// What a rank tells the others about itself when they meet.
+/// The message of a rank about itself when the ranks meet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// Its position.
     pub member: Member,
-    /// Drawn at random by this process: a process that is started again has another one.
+    /// A random number that this process draws. A process that is started again draws another one.
     pub nonce: Uuid,
     /// The identity of the run that the launcher gives to all its processes.
     pub token: String,
@@ -98,12 +96,12 @@ pub struct Session {
     pub generation: u64,
 }
 
-/// What a message is about.
+/// The round that a message belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Round {
     /// The session.
     pub session: Uuid,
-    /// The number of the save in the session, from 0. Never the step: a step can be saved twice.
+    /// The number of the save in the session, from 0. Not the step, because a step can be saved twice.
     pub save: u64,
     /// The part of the save.
     pub phase: Phase,
@@ -112,7 +110,7 @@ pub struct Round {
 /// The parts of a save in which ranks exchange messages, in their order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Phase {
-    /// All ranks save the same step, by the same plan.
+    /// The ranks agree to save the same step, by the same plan.
     Agree,
     /// The ranks exchange plans, because the structure is new.
     Plan,
@@ -124,18 +122,18 @@ pub enum Phase {
 
 /// Carries messages between rank 0 and the other ranks of a job.
 ///
-/// The methods of one coordinator are called by one thread at a time, in the same order on all ranks.
+/// One thread at a time calls the methods of a coordinator, in the same order on all ranks.
 pub trait Coordinator: Send + Sync + Debug {
     /// The position of this process.
     fn member(&self) -> Member;
 
     /// Brings all ranks together, once per session. Rank 0 calls `open` with the greeting of every rank, in
-    /// the order of ranks; it returns the session, or refuses. Every rank returns the session that was opened
-    /// with its own greeting, or the error of `open`.
+    /// the order of ranks. `open` returns the session, or refuses. `meet` returns on every rank the session
+    /// that was opened with this rank's greeting, or the error of `open`.
     ///
     /// # Errors
-    /// `Deadline`, with the ranks that are missing; `Invalid` if two processes have the same rank, or a rank
-    /// is not below the number of ranks; the error of `open`.
+    /// `Deadline`, with the missing ranks; `Invalid` if two processes have the same rank, or a rank is not
+    /// below the number of ranks; the error of `open`.
     fn meet(
         &self,
         hello: &Hello,
@@ -143,12 +141,12 @@ pub trait Coordinator: Send + Sync + Debug {
         deadline: Instant,
     ) -> Result<Session>;
 
-    /// Hands `message` to rank 0. There `each` is called with the rank and message of every rank, its own
-    /// included, once each, as they arrive; the call returns when all have arrived or `each` returns `Break`.
-    /// On other ranks it returns when the message is under way.
+    /// Hands `message` to rank 0. On rank 0, `each` is called once for every rank, its own included, with the
+    /// rank and its message, as messages arrive. The call returns when all messages have arrived or `each`
+    /// returns `Break`. On other ranks it returns when the message is under way.
     ///
     /// # Errors
-    /// `Deadline` or `Unavailable`, with the ranks that are missing. `Invalid` if the message is longer than
+    /// `Deadline` or `Unavailable`, with the missing ranks. `Invalid` if the message is longer than
     /// [`MAX_MESSAGE`].
     fn gather(
         &self,
@@ -158,26 +156,28 @@ pub trait Coordinator: Send + Sync + Debug {
         deadline: Instant,
     ) -> Result<()>;
 
-    /// Tells all ranks the message of rank 0. `message` is `Some` on rank 0 and `None` on the others; all
-    /// return it.
+    /// Tells all ranks the message of rank 0. `message` is `Some` on rank 0 and `None` on the others. Every
+    /// rank returns the message.
     ///
     /// # Errors
-    /// `Deadline` or `Unavailable` if rank 0 did not tell it in time. `Invalid` if it is longer than
-    /// [`MAX_MESSAGE`].
+    /// `Deadline` or `Unavailable` if rank 0 did not tell the message in time. `Invalid` if the message is
+    /// longer than [`MAX_MESSAGE`].
     fn tell(&self, round: Round, message: Option<&[u8]>, deadline: Instant) -> Result<Vec<u8>>;
 
-    /// The ranks whose message of `round` has not arrived, as far as this rank can know; empty if it cannot.
+    /// The ranks whose message of `round` has not arrived, as far as this rank can know. Empty if it cannot
+    /// know.
     fn missing(&self, round: Round) -> Vec<u32>;
 
     /// Ends the participation of this rank. Waits of others may end early.
     fn leave(&self);
 }
 
-/// The largest number of ranks: it bounds what a wrong variable of a launcher can make this library allocate.
+/// The largest number of ranks. It limits the memory that this library allocates if a variable of a launcher
+/// is wrong.
 const MAX_WORLD: u32 = 1 << 20;
 
 impl Member {
-    /// Refuses a position that cannot be.
+    /// Refuses an impossible position.
     fn checked(self) -> Result<Self> {
         let Self { rank, world, .. } = self;
         if rank < world && world <= MAX_WORLD {
@@ -188,7 +188,7 @@ impl Member {
     }
 }
 
-/// Refuses a message that no coordinator carries.
+/// Refuses a message that is too long for a coordinator.
 fn checked_length(message: &[u8]) -> Result<()> {
     if message.len() <= MAX_MESSAGE {
         return Ok(());
@@ -199,7 +199,7 @@ fn checked_length(message: &[u8]) -> Result<()> {
     )))
 }
 
-/// Refuses a call without the part that rank 0 alone has.
+/// Refuses a call in which rank 0 passes no message, or another rank passes one.
 fn told(member: Member, message: Option<&[u8]>) -> Result<Option<&[u8]>> {
     match (member.rank, message) {
         (0, Some(message)) => checked_length(message).map(|()| Some(message)),

@@ -1,4 +1,4 @@
-//! A coordinator by MPI: messages from process to process, on a communicator of its own.
+//! A coordinator over MPI, with point-to-point messages on a communicator of its own.
 
 use super::board::{Board, Life, OnBoard};
 use super::{Coordinator, Hello, Member, Round, Session, launcher};
@@ -15,18 +15,19 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 const TAG: i32 = 1;
-/// How long the end of a coordinator may take. MPI_Finalize waits for all ranks.
+/// How long dropping a coordinator may take, because MPI_Finalize waits for all ranks.
 const FINALIZE: Duration = Duration::from_secs(30);
 
 /// The coordinator of ranks that MPI started.
 ///
-/// A thread of its own makes all calls of MPI, on a duplicate of the world communicator, and point to point:
-/// a collective cannot be given up at a deadline, but for the one that duplicates. If the program has not
-/// initialized MPI, this thread does, and finalizes it when the coordinator is dropped; the program must then
-/// leave MPI alone. If the program has, it must have asked for `MPI_THREAD_MULTIPLE`.
+/// A thread of its own makes all calls of MPI, on a duplicate of the world communicator. Messages are point
+/// to point, because a collective cannot be given up at a deadline. The only collective is the one that
+/// duplicates. If the program has not initialized MPI, this thread does, and finalizes MPI when the
+/// coordinator is dropped. The program must not use MPI then. If the program has initialized MPI, it must
+/// have requested `MPI_THREAD_MULTIPLE`.
 ///
-/// mpirun ends all ranks when one dies, and MPI's own errors end the job. A rank that hangs is missing at the
-/// deadline.
+/// mpirun ends all ranks when one rank dies, and errors of MPI itself end the job. A rank that hangs is
+/// missing at the deadline.
 ///
 /// ```no_run
 /// use ashore::ranks::{Coordinator, Mpi};
@@ -40,7 +41,8 @@ pub struct Mpi(OnBoard<Mail>);
 
 impl Mpi {
     /// Starts the thread, which initializes MPI if the program has not, and waits until all ranks have
-    /// started theirs. Every rank calls it, in the same order among its uses of the world communicator.
+    /// started their threads. Every rank calls this, in the same order relative to its other uses of the
+    /// world communicator.
     ///
     /// # Errors
     /// `Invalid` if the program initialized MPI without `MPI_THREAD_MULTIPLE`, or finalized it; `Deadline` if
@@ -69,15 +71,15 @@ fn ended() -> Error {
     Error::internal("the thread of MPI has ended")
 }
 
-/// What the thread is asked for.
+/// The requests to the thread.
 enum Job {
-    /// Sends the same bytes to these ranks, and answers when all are under way.
+    /// Send the same bytes to these ranks, and answer when all messages are under way.
     Send(Vec<u8>, Range<i32>, Sender<()>),
-    /// A thread waits for messages from now on.
+    /// Look for messages, because a thread begins to wait for them.
     Look,
 }
 
-/// The thread: the only one that calls MPI.
+/// The body of the thread, which is the only thread that calls MPI.
 fn run(inbox: &Inbox, jobs: &Receiver<Job>, started: &Sender<Result<Member>>) {
     let universe = match begin() {
         Ok(universe) => universe,
@@ -104,7 +106,7 @@ fn run(inbox: &Inbox, jobs: &Receiver<Job>, started: &Sender<Result<Member>>) {
             Err(RecvTimeoutError::Disconnected) => break,
         }
     }
-    // To free a communicator is a collective, and other ranks may be gone.
+    // Do not free the communicator: that is a collective, and other ranks may be gone.
     std::mem::forget(communicator);
     drop(universe);
 }
@@ -135,12 +137,12 @@ fn begin() -> Result<Option<mpi::environment::Universe>> {
 fn member(communicator: &SimpleCommunicator) -> Result<Member> {
     let number = |n: i32| u32::try_from(n).map_err(|_| Error::internal("a rank of MPI is negative"));
     let (rank, world) = (number(communicator.rank())?, number(communicator.size())?);
-    // MPI does not tell it; the launcher of MPI does.
+    // MPI does not tell the local rank, but the launcher of MPI does.
     let launched = launcher::detect().ok().flatten().filter(|m| (m.rank, m.world) == (rank, world));
     Ok(Member { rank, world, local_rank: launched.map_or(0, |member| member.local_rank) })
 }
 
-/// Receives what has come; true if anything has.
+/// Receives the messages that have arrived. True if there was any.
 fn receive(communicator: &SimpleCommunicator, inbox: &Inbox) -> bool {
     let mut any = false;
     while let Some(found) = communicator.any_process().immediate_matched_probe_with_tag(TAG) {
@@ -153,8 +155,8 @@ fn receive(communicator: &SimpleCommunicator, inbox: &Inbox) -> bool {
     any
 }
 
-/// Sends, and receives meanwhile, until MPI has all messages under way: for short ones that is at once. MPI
-/// cannot be told to give a message up, so a caller whose deadline passes stops waiting for this thread.
+/// Sends, and receives meanwhile, until MPI has all messages under way. For short messages that is at once.
+/// MPI cannot give up a message, so a caller whose deadline passes stops waiting for this thread.
 fn send(communicator: &SimpleCommunicator, bytes: &[u8], to: Range<i32>, inbox: &Inbox) {
     mpi::request::scope(|scope| {
         let send = |rank| communicator.process_at_rank(rank).immediate_send_with_tag(scope, bytes, TAG);
@@ -181,7 +183,7 @@ fn parse(bytes: &[u8]) -> Option<(&str, &[u8])> {
     Some((std::str::from_utf8(key).ok()?, bytes))
 }
 
-/// What has come, and what this rank has put.
+/// The messages that have arrived, and the messages that this rank has put.
 #[derive(Debug, Default)]
 struct Inbox {
     letters: Mutex<Letters>,
@@ -191,10 +193,10 @@ struct Inbox {
 #[derive(Debug, Default)]
 struct Letters {
     by_key: HashMap<String, Vec<u8>>,
-    /// Keys in the order in which they came.
+    /// Keys in the order in which their messages arrived.
     order: VecDeque<String>,
     most: usize,
-    /// Something has come since the last wait.
+    /// A message has arrived since the last wait.
     news: bool,
     awaited: bool,
 }
@@ -208,7 +210,7 @@ impl Inbox {
         self.lock().awaited
     }
 
-    /// Ranks do not remove what lies with others, so the oldest letters go.
+    /// Ranks do not remove messages on other ranks, so the oldest messages are dropped.
     fn put(&self, key: &str, bytes: Vec<u8>, news: bool) {
         let mut letters = self.lock();
         if letters.by_key.insert(key.to_owned(), bytes).is_none() {
@@ -234,7 +236,7 @@ impl Inbox {
 struct Mail {
     member: Member,
     inbox: Arc<Inbox>,
-    /// Taken when it is dropped, which ends the thread.
+    /// None once this is being dropped, which ends the thread.
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
 }

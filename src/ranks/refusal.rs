@@ -1,9 +1,9 @@
-//! Why processes are refused as ranks of one job: the texts name both.
+//! The errors that refuse processes as ranks of one job. The texts name both processes.
 
 use super::Hello;
 use crate::error::{Error, Result};
 
-/// Says where a process runs.
+/// The text that says where a process runs.
 pub(super) fn place(hello: &Hello) -> String {
     format!("host={} pid={}", hello.host, hello.pid)
 }
@@ -28,7 +28,7 @@ pub(super) fn same_job(ours: &Hello, theirs: &Hello) -> Result<()> {
     Err(Error::invalid(text).with_ranks([a.rank, b.rank]))
 }
 
-/// Two processes have one rank.
+/// The error for two processes with the same rank.
 pub(super) fn twice(one: &Hello, other: &Hello) -> Error {
     let text = format!("two processes have the same rank: {} and {}", place(one), place(other));
     Error::invalid(text).with_rank(one.member.rank)

@@ -4,17 +4,17 @@
 //! part. When a part's digest matches, the thread's own stream copies its bytes to the device, after the work
 //! that the program had queued in its streams. Meanwhile the thread reads into its second slab.
 //! **Completion.** A slab is reused, and the call returns, when the completion event after its copies is
-//! reached.
-//! **Failure.** Queued copies are waited for all the same. If that exceeds the checkpoint's timeout, slabs
-//! are leaked rather than reused, but copies to borrowed memory are waited for until they end.
+//! reached. **Failure.** After an error, too, `read_into` waits for queued copies. If that exceeds the
+//! checkpoint's timeout, slabs are leaked rather than reused. Copies to borrowed memory are waited for until
+//! they end.
 //!
 //! # Safety argument
 //! Copies read from a slab whose lease `Loader` keeps until they have ended. `Loader` releases the lease only
 //! for a completion event that was reached or a queue that is quiescent; otherwise it forgets the lease, and
 //! the mapping stays forever. A slab is not written while its lease is kept. Copies write to memory that the
 //! caller of [`DeviceTarget::new`] guarantees until `read_into` returns, and `read_into` waits for the same
-//! events. They stay within bounds checked against the tensor's length: the places of a box in a target are
-//! those of a region within the target, or its elements are those of a box within it.
+//! events. Copies stay within bounds that are checked against the tensor's length: a box goes to a region
+//! within the target, or to the elements of a box within the target.
 #![expect(unsafe_code, reason = "asynchronous copies into memory of a device; argument above")]
 
 use super::piece::{Piece, Space, coalesce, share_out, worthwhile};
@@ -89,14 +89,14 @@ impl DeviceTarget<'_> {
         Self { address, bytes, stream, dtype: None, strides: None, borrowed: false, memory: PhantomData }
     }
 
-    /// A target whose elements are not packed: the one with all indices 0 is at `address`, and `strides` has
-    /// the byte distance of neighbours for each dimension, which may be negative. The tensor, or the slice of
-    /// one, must have this dtype and shape. [`Checkpoint::read_into`] refuses any other, and strides by which
-    /// elements overlap or dimensions interleave.
+    /// A target whose elements are not packed: the element with all indices 0 is at `address`, and `strides`
+    /// has the byte distance of neighbours for each dimension, which may be negative. The tensor or slice
+    /// must have this dtype and shape. [`Checkpoint::read_into`] refuses any other, and refuses strides by
+    /// which elements overlap or dimensions interleave.
     ///
-    /// A thread puts the bytes of 8 MiB in the order in which they lie in the target, so that copies of rows
-    /// bring them: one where the elements of a row are side by side and rows are evenly apart, else one more
-    /// for each index of each further dimension.
+    /// A thread sorts the bytes of 8 MiB into the order in which they lie in the target, so that copies of
+    /// rows can transfer them. One copy is enough if the elements of a row are side by side and rows are
+    /// evenly apart. Otherwise each index of each further dimension takes one more copy.
     ///
     /// ```no_run
     /// # use ashore::{Checkpoint, DeviceStream, DeviceTarget, Dtype, Targets};
@@ -127,7 +127,7 @@ impl DeviceTarget<'_> {
     /// returns. `read_into` then waits for copies as long as they take.
     ///
     /// # Safety
-    /// As for [`DeviceTarget::new`], except for what it says of `Deadline`. The caller binds the lifetime to
+    /// As for [`DeviceTarget::new`], except for its rule for `Deadline`. The caller binds the lifetime to
     /// that of the memory and of `stream`.
     #[cfg(feature = "cudarc")]
     pub(crate) unsafe fn borrowed(address: u64, bytes: u64, stream: DeviceStream<'_>, dtype: Dtype) -> Self {
@@ -166,7 +166,7 @@ impl Checkpoint {
         let threads = worthwhile(&pieces, manner.threads.min(LOADERS));
         let unfinished = AtomicBool::new(false);
         let all = || {
-            // From now on, calls of this thread do not interfere with a graph capture in another thread.
+            // From here on, calls of this thread do not interfere with a graph capture in another thread.
             let _relaxed = device.loads()?;
             let arena = pinned(slab, threads * SLABS, device.as_ref())?;
             share_out(pieces, threads, |pieces| {
@@ -229,8 +229,8 @@ struct Upload {
     event: Option<Dependency>,
 }
 
-/// A slab with bytes in the order of their targets, and the copies that bring them there, each with the
-/// number of its part.
+/// A slab with bytes in the order of their targets, and the copies to these targets, each with the number of
+/// its part.
 struct Ordered {
     slab: Lease,
     filled: usize,
@@ -269,14 +269,15 @@ impl Slab {
             bytes.copy_within(run, to);
             to += len;
         }
-        // The part's first byte stays that of its place, which also says where it goes in the target.
+        // The first byte of the part stays at `place`, which also determines where the part goes in the
+        // target.
         (part.region, part.origin) = (Region::whole(part.place + part.to.len()), part.place);
         Ok(())
     }
 }
 
-/// Returns the byte ranges of a device part within a slab that starts at offset `first` of the file, and
-/// where each goes, from the share's address on.
+/// Returns the byte ranges of a device part within a slab that starts at offset `first` of the file, each
+/// with its target offset from the share's address.
 fn runs(part: &Wanted<'_, '_>, first: u64) -> impl Iterator<Item = (Range<usize>, u64)> {
     let into = if let Share::Device { into, .. } = &part.to { into.as_deref() } else { None };
     let mut done = 0;
@@ -291,7 +292,8 @@ fn runs(part: &Wanted<'_, '_>, first: u64) -> impl Iterator<Item = (Range<usize>
     })
 }
 
-/// Runs that one copy moves: where the first is in the slab and goes to, and how the others follow.
+/// Runs that one copy moves: the place of the first run in the slab and in the target, and the distances to
+/// the others.
 struct Rows {
     from: usize,
     to: u64,
@@ -304,7 +306,7 @@ impl Rows {
         Self { from: from.start, to, layout }
     }
 
-    /// Adds a run as the next row. Returns false if it does not follow as the others do.
+    /// Adds a run as the next row. Returns false if the run does not have the same distance as the others.
     fn add(&mut self, from: &Range<usize>, to: u64) -> bool {
         let RowLayout { width, height, from_pitch, to_pitch } = self.layout;
         let ahead = (from.start.checked_sub(self.from), to.checked_sub(self.to));
@@ -340,8 +342,8 @@ impl<'l> Loader<'l> {
         Ok(Self { checkpoint, arena, queue, in_flight, timeout, packed: Vec::new(), borrowed, unfinished })
     }
 
-    /// Leases a slab. Waits first for copies from the oldest, if this thread already has all of its slabs:
-    /// `held`, and those in flight.
+    /// Leases a slab. If this thread already has all of its slabs (the `held` ones and those in flight), it
+    /// first waits for the copies from the oldest.
     fn lease(&mut self, held: usize) -> Result<Lease> {
         while self.in_flight.len() + held >= SLABS {
             if mutant::on(Mutant::LoadReuse) { _ = self.in_flight.pop_front() } else { self.land()? }
@@ -349,7 +351,7 @@ impl<'l> Loader<'l> {
         self.arena.try_lease().ok_or_else(|| Error::internal("a thread has lost a slab"))
     }
 
-    /// Reads a piece, checks it, and queues its copies if all of it is right.
+    /// Reads a piece, checks it, and queues its copies if every digest matches.
     fn bring(&mut self, mut piece: Piece<Wanted<'_, '_>>) -> Result<()> {
         let slab = self.lease(0)?;
         let (checkpoint, mut slab, first) = (self.checkpoint, Slab(slab), piece.pages().start);
@@ -372,8 +374,8 @@ impl<'l> Loader<'l> {
         wrong.map_or(Ok(()), Err)
     }
 
-    /// Puts the bytes of checked parts, which are in the slab `from`, in the order of their targets with
-    /// strides, in another slab, and queues the copies from that.
+    /// Copies the bytes of checked parts from the slab `from` to another slab, in the order of their targets
+    /// with strides, and queues the copies from that slab.
     fn hand_over_strided(&mut self, parts: &[Wanted<'_, '_>], from: &[u8], first: u64) -> Result<()> {
         let mut ordered: Option<Ordered> = None;
         for (number, part) in parts.iter().enumerate() {
@@ -455,7 +457,7 @@ impl<'l> Loader<'l> {
         while !self.queue.has_reached(&event)? {
             if Instant::now() >= deadline {
                 let why = format!("copies to a device have not ended timeout={:?}", self.timeout);
-                // Do not wait for them a second time.
+                // Do not wait for these copies a second time.
                 self.timeout = Duration::ZERO;
                 return Err(Error::new(ErrorKind::Deadline, why));
             }

@@ -1,10 +1,9 @@
-//! Damage, located: which bits or pages of a block are not what was written.
+//! Locates damage: which bits or pages of a block are not what was written.
 //!
-//! The bytes are read a second time through a file opened afresh, from the medium: past the page cache, or
-//! after what it has of the file was dropped.
-//! A second reading that is as written, or that differs from the first, tells wrong memory, a wrong
-//! controller or a wrong cable from wrong bytes on the medium. If both readings are the same, the digests say
-//! whether one flip explains them ([`Flip`]).
+//! The bytes are read a second time from the medium, through a newly opened file: past the page cache, or
+//! after the cached pages of the file were dropped. If the second reading is as written, or differs from the
+//! first, the fault is in memory, in a controller or in a cable, not on the medium. If both readings are the
+//! same, the digests show whether one flip explains them ([`Flip`]).
 
 use super::piece::{Window, stream, zeroed};
 use super::verify::Damage;
@@ -17,7 +16,7 @@ use serde::Serialize;
 /// The unit in which bytes that are all zero are counted.
 const PAGE: usize = 4096;
 
-/// What a second reading of damaged bytes says; see [`Checkpoint::locate`].
+/// The result of a second reading of damaged bytes; see [`Checkpoint::locate`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Located {
@@ -28,9 +27,9 @@ pub struct Located {
     pub flip: Option<Flip>,
     /// The elements of the tensor that the flip changes.
     pub elements: Vec<ChangedElement>,
-    /// How many pages of 4096 bytes the damaged range has, the last may be shorter.
+    /// How many pages of 4096 bytes the damaged range has. The last page may be shorter.
     pub pages: u64,
-    /// How many of them were read as zeros only: writes that were lost leave such pages, and so do zeros in a
+    /// How many of these pages were read as zeros only. Lost writes leave such pages, and so do zeros in a
     /// tensor.
     pub zero_pages: u64,
 }
@@ -40,13 +39,13 @@ pub struct Located {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Again {
-    /// The same wrong bytes, by their digest: the medium has them.
+    /// The same wrong bytes, by their digest. These bytes are on the medium.
     Same,
-    /// The bytes that were written: the first reading went wrong on its way.
+    /// The bytes that were written. The first reading was damaged between the medium and memory.
     AsWritten,
     /// Other wrong bytes: memory, controller or cable change what is read.
     Different,
-    /// Nothing was read a second time: the damage has no digest of its own, or is too long.
+    /// Nothing was read a second time, because the damage has no digest of its own, or is too long.
     NotRead,
 }
 
@@ -63,8 +62,8 @@ pub struct ChangedElement {
 }
 
 impl Checkpoint {
-    /// Reads damaged bytes again, and says which flip explains the damage, if exactly one does. Needs memory
-    /// for the range of the damage, at most 128 MiB.
+    /// Reads damaged bytes again, and finds the flip that explains the damage, if exactly one does. Needs
+    /// memory for the range of the damage, at most 128 MiB.
     ///
     /// ```
     /// use ashore::{Again, CheckpointExecutor, StateDict};
@@ -127,8 +126,8 @@ impl Checkpoint {
         Ok(located)
     }
 
-    /// Returns the elements of `tensor` that a flip in `bytes`, those of the damage, changes; none of a dtype
-    /// whose elements are no whole bytes.
+    /// Returns the elements of `tensor` that a flip in `bytes`, the bytes of the damage, changes. Returns
+    /// none if the elements of the dtype are not whole bytes.
     fn changed(&self, tensor: &TensorEntry, damage: &Damage, flip: Flip, bytes: &[u8]) -> Result<Vec<ChangedElement>> {
         let bits = tensor.dtype.bitsize();
         let files = self.opened.index.all_files().map_err(|e| self.unlisted(e))?;

@@ -5,13 +5,11 @@
 //! of a longer one). A tensor that lies in several boxes contributes the parts of each box that the request
 //! overlaps. Small neighbours are merged into *pieces* of at most 2 MiB. A thread reads a piece with aligned
 //! reads into its own buffer, and copies and digests each run of bytes while it is in the CPU cache. A
-//! storage may ask for longer reads and fewer threads (`Access`).
-//! **Completion.** `Ok` when all targets are filled and every digest matches.
-//! **Errors.** The first error wins and the other threads stop. The contents of the targets are then
-//! undefined, and memory allocated for the result is dropped.
-//! **Memory.** One buffer of 2 MiB per thread, and the result. For targets in device memory see `device`: two
-//! slabs of 8 MiB for each of at most 8 threads, and 8 MiB of pageable memory more where slices go to a
-//! device at strides.
+//! storage may ask for longer reads and fewer threads (`Access`). **Completion.** `Ok` when all targets are
+//! filled and every digest matches. **Errors.** The first error wins and the other threads stop. The contents
+//! of the targets are then undefined, and memory allocated for the result is dropped. **Memory.** One buffer
+//! of 2 MiB per thread, and the result. For targets in device memory see `device`: two slabs of 8 MiB for
+//! each of at most 8 threads, and 8 MiB of pageable memory more if slices go to a device at strides.
 
 mod device;
 mod locate;
@@ -42,7 +40,7 @@ use std::time::Instant;
 use strided::Address;
 use wanted::Wanted;
 
-/// Where to read tensors to: any number of targets, read together.
+/// A set of targets: the memory that tensors are read into. All targets are read together.
 ///
 /// ```
 /// let (mut weights, mut bias) = (vec![0.0_f32; 6], [0_u8; 8]);
@@ -131,8 +129,8 @@ impl<'t> Targets<'t> {
         self.add(name, None, slice, Memory::Strided { first: Address::Host(pointer), strides })
     }
 
-    /// Refuses a checkpoint that has tensors without a target, for example one saved by a larger or another
-    /// program.
+    /// Refuses a checkpoint that has tensors without a target, for example a checkpoint of a larger or
+    /// another program.
     #[must_use]
     pub fn strict(mut self) -> Self {
         self.strict = true;
@@ -140,7 +138,7 @@ impl<'t> Targets<'t> {
     }
 
     /// Adds a target: the bytes of tensor `name`, into device memory of exactly that length. The checkpoint
-    /// needs a device: one opened by an executor has the executor's, others get one from
+    /// needs a device. A checkpoint opened by an executor has the executor's device; others get one from
     /// [`Checkpoint::with_device`].
     #[must_use]
     pub fn device(self, name: impl Into<String>, to: impl Into<DeviceTarget<'t>>) -> Self {
@@ -178,8 +176,8 @@ impl Checkpoint {
     /// Reads the bytes of tensor `name`: elements in row-major order, little-endian.
     ///
     /// # Errors
-    /// `NotFound` when there is no such tensor; `Corrupt`, naming file, tensor and byte range, when they are
-    /// not what was written; `Busy` when there is not enough memory for them.
+    /// `NotFound` when there is no such tensor. `Corrupt`, naming file, tensor and byte range, when the bytes
+    /// are not what was written. `Busy` when there is not enough memory for them.
     pub fn read(&self, name: &str) -> Result<Vec<u8>> {
         let len = self.tensor(name)?.bytes;
         self.fill(len, |bytes| Targets::new().bytes(name, bytes))
@@ -220,9 +218,8 @@ impl Checkpoint {
         self.fill(len, |elements| Targets::new().slice_elements(name, slice, elements))
     }
 
-    /// Returns the boxes in which tensor `name` is stored, each as a slice for [`Checkpoint::read_slice`]:
-    /// what each rank wrote of it. A tensor that was written whole has one box. Together the boxes cover the
-    /// tensor exactly once.
+    /// Returns the boxes in which ranks wrote tensor `name`, each as a slice for [`Checkpoint::read_slice`].
+    /// A tensor that was written whole has one box. Together the boxes cover the tensor exactly once.
     ///
     /// # Errors
     /// `NotFound` when there is no such tensor.
@@ -249,9 +246,9 @@ impl Checkpoint {
     /// Fills every target, in parallel; see [`Checkpoint::with_threads`]. Targets in device memory are filled
     /// by streams of this library, with bytes that are already checked; see [`DeviceTarget`].
     ///
-    /// If a target is in device memory, at most 8 threads read. Each has two buffers of 8 MiB, pinned for the
-    /// call; fewer or smaller ones if little is read. If they cannot be pinned, the restore is only slower,
-    /// and `tracing` reports it.
+    /// If a target is in device memory, at most 8 threads read. Each thread has two buffers of 8 MiB that are
+    /// pinned for the call, or fewer or smaller ones if little is read. If the buffers cannot be pinned, the
+    /// restore is slower, and `tracing` reports that.
     ///
     /// # Errors
     /// As [`Checkpoint::read`], [`Checkpoint::read_as`] and [`Checkpoint::read_slice`]. `Invalid`, naming the
@@ -259,8 +256,8 @@ impl Checkpoint {
     /// length or shape, when elements of a target with strides overlap, or when a target is in device memory
     /// and the checkpoint has no device. `Invalid` for a stream that is being captured into a graph. Nothing
     /// is read unless every target fits. `Device` when the device fails. `Deadline` when copies to the device
-    /// make no progress for as long as [`Checkpoint::with_timeout`] allows: they may still end later. For
-    /// borrowed memory the call waits until they end.
+    /// make no progress for as long as [`Checkpoint::with_timeout`] allows. These copies may still end later.
+    /// For borrowed memory the call waits until they end.
     pub fn read_into(&self, targets: Targets<'_>) -> Result<()> {
         let began = Instant::now();
         let bytes = self.fill_all(targets)?;
@@ -293,9 +290,9 @@ impl Checkpoint {
         Manner::of(self.opened.reading.access(), self.threads)
     }
 
-    /// Passes the bytes of a piece through `space` and compares the digests of its parts. Where a second
-    /// read may return other bytes, wrong ones are read once more. Returns the error for the first part
-    /// that is wrong.
+    /// Passes the bytes of a piece through `space` and compares the digests of its parts. If a second read
+    /// may return other bytes, a piece with a wrong digest is read once more. Returns the error for the first
+    /// part that is wrong.
     fn check(&self, space: &mut impl Space, piece: &mut Piece<Wanted<'_, '_>>) -> Result<Option<Error>> {
         let mut again = self.manner().again;
         loop {

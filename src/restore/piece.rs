@@ -9,13 +9,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-/// Unwanted bytes up to this length between wanted ones are read as well: cheaper than another read.
+/// Unwanted bytes up to this length between wanted ones are read as well, because another read costs more.
 const GAP: u64 = 64 << 10;
 
 /// Maximum bytes of a read, whatever the storage asks for.
 const READ_MAX: u64 = 32 << 20;
 
-/// Minimum bytes per further thread: fewer are read before the thread has started.
+/// Minimum bytes per further thread. The running threads read fewer bytes than this before another has
+/// started.
 const WORTHWHILE: u64 = 4 << 20;
 
 /// Bytes of a file that one digest checks.
@@ -24,9 +25,9 @@ pub(super) trait Part: Send {
     fn file(&self) -> usize;
     /// Returns the byte range in the file, at most `BLOCK` bytes.
     fn range(&self) -> Range<u64>;
-    /// Receives the next of the bytes, and their offset in the file.
+    /// Receives the next bytes, and their offset in the file.
     fn take(&mut self, at: u64, bytes: &[u8]) -> Result<()>;
-    /// Forgets what it has received, because all of it is read again.
+    /// Forgets the received bytes, because all of them are read again.
     fn again(&mut self);
 }
 
@@ -52,7 +53,7 @@ impl Manner {
         let threads = access.in_flight.map_or(threads, |at_most| threads.min(at_most)).max(1);
         let Some(read) = access.read else { return Self { window: WINDOW, gap: GAP, threads, again: access.again } };
         let window = read.clamp(WINDOW, READ_MAX).next_multiple_of(ALIGNMENT as u64);
-        // To read an eighth more costs less than another request.
+        // Reading an eighth more costs less than another request.
         Self { window, gap: window / 8, threads, again: access.again }
     }
 }
@@ -123,8 +124,7 @@ impl Window {
 }
 
 impl Space for Window {
-    /// One page more than a window, so that a window with any start takes one read, without another for its
-    /// last bytes.
+    /// One page more than a window, so that a window with any start takes a single read.
     fn step(&self) -> u64 {
         self.bytes + ALIGNMENT as u64
     }

@@ -1,4 +1,4 @@
-//! An n-dimensional slice of a tensor as runs of bytes. The runs are computed, not stored.
+//! An n-dimensional slice of a tensor as runs of bytes. The runs are computed when needed, not stored.
 
 use crate::error::{Error, Result};
 use smallvec::SmallVec;
@@ -6,7 +6,7 @@ use std::ops::Range;
 
 /// Which bytes of a row-major tensor a slice selects, in the order of the result.
 ///
-/// Offsets in the tensor rise strictly with offsets in the result; all reading depends on that.
+/// Offsets in the tensor rise strictly with offsets in the result. All reading code depends on this order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Region {
     /// The offset of the first byte in the tensor.
@@ -50,7 +50,8 @@ impl Region {
                 contiguous = range.len() == dim;
             } else if range.len() > 1 {
                 match outer.last_mut() {
-                    // One run after another all the way through both dimensions: they count as one.
+                    // The runs follow each other without a gap through both dimensions, so the two count as
+                    // one.
                     Some((extent, step)) if *extent * *step == stride => *extent *= range.len() as u64,
                     _ => outer.push((range.len() as u64, stride)),
                 }

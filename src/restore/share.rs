@@ -10,8 +10,8 @@ use super::strided::{Address, DeviceElements, Elements, HostElements, Strides};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The length of a band: so short that threads of neighbouring boxes seldom meet, and so long that locking
-/// costs nothing beside the copying.
+/// The length of a band: short, so that threads of neighbouring boxes seldom meet, and long enough that the
+/// cost of locking is negligible beside the copying.
 const BAND: u64 = 256 << 10;
 
 /// The memory of a target.
@@ -50,7 +50,7 @@ impl<'t> Memory<'t> {
         }
     }
 
-    /// Divides it among boxes, which fill it, each byte once. They are in ascending order of their first
+    /// Divides the memory among boxes, which fill each byte once. `boxes` is in ascending order of the first
     /// bytes.
     pub fn divide(self, boxes: Vec<BoxPlace>) -> Vec<Share<'t>> {
         let side_by_side = boxes.iter().all(|place| place.bytes.is_contiguous());
@@ -87,7 +87,7 @@ pub(super) enum Share<'t> {
     Strided { to: HostElements, bytes: u64 },
     /// `bytes` bytes of elements in device memory.
     DeviceStrided { to: DeviceElements, bytes: u64 },
-    /// `bytes` bytes of device memory, from `address` on; or the places `into` of the memory there.
+    /// `bytes` bytes of device memory from `address` on, or the places `into` of the memory there.
     Device { ordinal: u32, address: u64, into: Option<Arc<Region>>, bytes: u64 },
 }
 
@@ -144,7 +144,7 @@ impl<'t> Bands<'t> {
     pub fn copy<'b>(&'b self, held: &mut Held<'b, 't>, at: u64, from: &[u8]) -> usize {
         let (band, skip) = (at / BAND, (at % BAND) as usize);
         if held.as_ref().is_none_or(|(number, _)| *number != band) {
-            // Unlock one before locking the next.
+            // Unlock one band before locking the next.
             *held = None;
             let next = usize::try_from(band).ok().and_then(|band| self.0.get(band));
             *held = next.map(|next| (band, next.lock().unwrap_or_else(PoisonError::into_inner)));

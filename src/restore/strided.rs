@@ -1,8 +1,8 @@
-//! Targets whose elements are not packed, in host memory and in that of a device.
+//! Targets whose elements are not packed, in host memory and in device memory.
 //!
-//! Bytes for host memory are copied to their elements as they arrive, as those of packed targets are. Bytes
-//! for a device are put in the order in which their elements lie there, once their digest is checked, so that
-//! few copies of rows bring them.
+//! Bytes for host memory are copied to their elements as they arrive, as with packed targets. Bytes for a
+//! device are sorted into the order in which their elements lie there, after their digest is checked, so that
+//! few copies of rows transfer them.
 //!
 //! # Safety argument
 //! The creator of a [`HostTarget`] promises memory at every element for as long as the target lives, and
@@ -49,15 +49,15 @@ pub struct HostTarget<'t> {
 
 impl HostTarget<'_> {
     /// A target of `shape`: the element with all indices 0 is at `pointer`, and `strides` has the byte
-    /// distance of neighbours for each dimension, which may be negative. The tensor, or the slice of one,
-    /// must have this dtype and shape. [`Checkpoint::read_into`](crate::Checkpoint::read_into) refuses any
-    /// other, and strides by which elements overlap or dimensions interleave: each stride must step over all
-    /// elements of the dimensions with shorter strides, as it does in every view of packed memory.
+    /// distance of neighbours for each dimension, which may be negative. The tensor or slice must have this
+    /// dtype and shape. [`Checkpoint::read_into`](crate::Checkpoint::read_into) refuses any other, and
+    /// refuses strides by which elements overlap or dimensions interleave. Each stride must step over all
+    /// elements of the dimensions with shorter strides, as in every view of packed memory.
     ///
     /// # Safety
     /// From the call of `read_into` until it returns, the bytes of every element are valid for writes, and
     /// nothing else reads or writes them. [`RawHost::strided`](crate::RawHost::strided) says where elements
-    /// lie. Bytes between elements are neither read nor written: another target may have them. The caller
+    /// lie. Bytes between elements are neither read nor written; another target may use them. The caller
     /// binds the lifetime to that of the memory.
     pub unsafe fn strided(
         pointer: *mut u8,
@@ -114,7 +114,8 @@ impl Strides {
         Layout::new(self.dtype, []).item()
     }
 
-    /// Returns the elements of a box of the target, and the offset of the first: those of all of it for None.
+    /// Returns the elements of a box of the target, and the offset of the first element. None stands for the
+    /// whole target.
     fn part(&self, within: Option<&[Range<usize>]>) -> (i64, Arc<Strided>) {
         let all = |shape: &Shape| shape.iter().map(|&size| 0..size).collect();
         let within: SmallVec<[Range<usize>; 4]> = within.map_or_else(|| all(&self.shape), SmallVec::from);
@@ -193,9 +194,9 @@ pub(super) struct RowCopy {
 }
 
 impl DeviceElements {
-    /// Copies `packed`, the bytes from `place` on of the packed tensor, to `to`, in the order of their
-    /// elements in memory. Passes the copies that bring them there to `each`; `to` begins `at` bytes into a
-    /// slab.
+    /// Copies `packed`, the bytes of the packed tensor from `place` on, to `to`, in the order of their
+    /// elements in memory. Passes the copies from there to the device to `each`. `to` begins `at` bytes into
+    /// a slab.
     pub fn arrange(
         &self,
         place: u64,
@@ -256,8 +257,8 @@ impl Arranged {
         self.axes.iter().map(step).collect()
     }
 
-    /// Passes copies from the slab to memory to `each`: two offsets, and the rows. The longest dimension is
-    /// one of rows, because each index of the others takes a copy.
+    /// Passes the copies from the slab to memory to `each`, as two offsets and the rows. The longest
+    /// dimension becomes the rows, because each index of the other dimensions takes a copy.
     fn copies(&self, mut each: impl FnMut(usize, u64, RowLayout)) {
         let (mut width, mut apart) = (self.run, self.steps());
         for (step, axis) in apart.iter_mut().zip(&self.axes) {

@@ -31,15 +31,15 @@ pub struct Report {
     pub tensors: usize,
     /// The length of the files in bytes.
     pub bytes: u64,
-    /// All damage, sorted by file and offset; only that of tables, if a table is damaged.
+    /// All damage, sorted by file and offset. If a table is damaged, only the damage of tables.
     pub damage: Vec<Damage>,
-    /// What stock loaders would read differently from the manifest: an index that names other files for
+    /// Files that stock loaders would read differently from the manifest: an index that names other files for
     /// tensors, or weights or an index that the manifest does not name. This library still reads the step
     /// correctly.
     pub misleading: Vec<Damage>,
 }
 
-/// A range of bytes that is not as written, or cannot be read.
+/// A range of bytes that is not what was written, or cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 #[non_exhaustive]
 pub struct Damage {
@@ -49,7 +49,7 @@ pub struct Damage {
     pub tensor: Option<String>,
     /// The byte range in the file.
     pub range: Range<u64>,
-    /// What is wrong.
+    /// A description of the damage, for people.
     pub what: String,
     /// True when the bytes cannot be read at present, which says nothing about their contents.
     pub unreadable: bool,
@@ -66,12 +66,12 @@ impl Damage {
 }
 
 impl Report {
-    /// True when every byte is as written, and stock loaders read the same tensors as this library.
+    /// True when every byte is what was written, and stock loaders read the same tensors as this library.
     pub fn is_sound(&self) -> bool {
         self.is_intact() && self.misleading.is_empty()
     }
 
-    /// True when every byte is as written.
+    /// True when every byte is what was written.
     pub fn is_intact(&self) -> bool {
         self.damage.is_empty()
     }
@@ -79,11 +79,11 @@ impl Report {
 
 impl Checkpoint {
     /// Reads everything once and checks it against every digest: of tables, files, headers, tensors and
-    /// blocks. Of a step whose tables are damaged nothing else can be checked.
+    /// blocks. If tables of the step are damaged, nothing else can be checked.
     ///
     /// # Errors
-    /// Damage is not an error of this call: it is in the [`Report`], like a file that cannot be read. `Busy`
-    /// when there is not enough memory.
+    /// Damage is not an error of this call: the [`Report`] lists it, and also files that cannot be read.
+    /// `Busy` when there is not enough memory.
     pub fn verify(&self) -> Result<Report> {
         self.verify_with(|_, _| {})
     }
@@ -318,8 +318,8 @@ impl Checkpoint {
         Damage { tensor: tensor.map(|tensor| tensor.name.clone()), ..Damage::at(file, range.clone(), what) }
     }
 
-    /// Returns the first damage of a report as an error: `Unavailable` when the only damage is that bytes
-    /// cannot be read at present.
+    /// Returns the first damage of a report as an error. The kind is `Unavailable` if all damage is bytes
+    /// that cannot be read at present.
     pub(crate) fn damaged(&self, report: &Report) -> Option<Error> {
         let first = report.damage.iter().find(|damage| !damage.unreadable).or(report.damage.first())?;
         let Damage { file, tensor, range, what, unreadable, .. } = first;

@@ -1,8 +1,8 @@
-//! What to read for a target: the blocks of each box of its tensor that overlap the asked region.
+//! Finds what to read for a target: the blocks of each box of its tensor that overlap the requested region.
 //!
-//! A manifest describes a tensor as one or several *boxes*, its slices, each contiguous in a file. Two
-//! regions say what one box contributes: which of its bytes are wanted, and where in the target they go. Both
-//! list the same bytes in the same order.
+//! A manifest describes a tensor as one or several *boxes* (its slices), each contiguous in a file. Two
+//! regions describe what one box contributes: which of its bytes are wanted, and where in the target these
+//! bytes go. Both regions list the same bytes in the same order.
 
 use super::Target;
 use super::piece::Part;
@@ -53,7 +53,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Checks that what is asked of `tensor`, which is `bytes` long, fits a target.
+    /// Checks that the request for `tensor` fits its target; `bytes` is the length of the requested bytes.
     fn fits(&self, tensor: &TensorEntry, target: &Target<'_>, bytes: u64) -> Result<()> {
         let found = match &target.to {
             Memory::Host(to) => to.len() as u64,
@@ -73,7 +73,7 @@ impl Checkpoint {
         Err(self.located(Error::invalid(format!("{wrong} found_bytes={found}"))))
     }
 
-    /// Returns which bytes of `tensor` a slice of it selects.
+    /// Returns which bytes of `tensor` a slice selects.
     pub(super) fn region(&self, tensor: &TensorEntry, slice: Option<&[Range<usize>]>) -> Result<Region> {
         let region = match slice {
             None => return Ok(Region::whole(tensor.slices.iter().map(|slice| slice.length).sum())),
@@ -82,7 +82,7 @@ impl Checkpoint {
         region.map_err(|e| self.located(Error::invalid(format!("{} tensor={:?}", e.message(), tensor.name))))
     }
 
-    /// Returns what the boxes of `tensor` contribute to a slice of it, for boxes that contribute at all.
+    /// Returns what each box of `tensor` contributes to a slice. Boxes that contribute nothing are left out.
     fn overlaps<'c>(&self, tensor: &'c TensorEntry, asked: Option<&[Range<usize>]>) -> Result<Vec<Overlap<'c>>> {
         let whole: Vec<_>;
         let asked = match asked {
@@ -231,8 +231,8 @@ impl Part for Wanted<'_, '_> {
     }
 }
 
-/// Returns the run of the region's byte `place` within `bytes`, which begin at offset `start` of the box: at
-/// most `left` bytes. None when no more bytes are left, or `bytes` end before the run.
+/// Returns the run at byte `place` of the region, within `bytes`, which begin at offset `start` of the box.
+/// The run has at most `left` bytes. None when no bytes are left, or `bytes` end before the run.
 fn run<'b>(region: &Region, place: u64, left: u64, start: u64, bytes: &'b [u8]) -> Result<Option<&'b [u8]>> {
     if left == 0 {
         return Ok(None);

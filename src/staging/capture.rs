@@ -1,9 +1,9 @@
-//! What `save` itself reads from writable host memory: small tensors, which may then change before the fence,
-//! and digests of the others, to detect a forgotten fence.
+//! Reads writable host memory in the call of `save`. Captures small tensors, which may then change before the
+//! fence, and digests the others, to detect a forgotten fence.
 //!
 //! # Safety argument
-//! The thread that calls `save` reads bytes inside [`Source::read`](crate::state::Source::read); a source
-//! promises that nothing writes them then.
+//! The thread that calls `save` reads bytes inside [`Source::read`](crate::state::Source::read). A source
+//! promises that nothing writes the bytes then.
 #![expect(unsafe_code, reason = "reads from raw sources; argument above")]
 
 use crate::digest::Digest;
@@ -13,7 +13,7 @@ use crate::state::{Capture, StateDict, Tensor};
 use std::collections::HashMap;
 use std::ops::Range;
 
-/// Length of the pieces in which a strided tensor is packed, to be digested.
+/// Length of the pieces in which a strided tensor is packed for its digest.
 const PIECE: usize = 1 << 20;
 
 /// Tensors of at most this many bytes are captured at `save`.
@@ -40,7 +40,7 @@ impl Captured {
     /// `Invalid`, naming the tensor, when a requested capture is not possible.
     pub fn take(state: &StateDict<'_>, budget: u64, detect: bool) -> Result<Self> {
         let (mut captured, mut packed) = (Self::default(), Vec::new());
-        // Requested captures come first: defaults must not use up their budget.
+        // Requested captures come first, because captures by default must not use up their budget.
         let asked = |index: &&usize| state.tensors[**index].capture == Some(Capture::AtSave);
         let (asked, usual): (Vec<_>, Vec<_>) = state.writable.iter().partition(asked);
         for index in asked.into_iter().chain(usual).copied() {
@@ -73,7 +73,8 @@ impl Captured {
         Ok(captured)
     }
 
-    /// Digests the tensors in host memory that other ranks write, to compare them with what those write.
+    /// Digests the tensors in host memory that other ranks write, to compare them with the bytes that those
+    /// ranks write.
     pub fn replicas(&self, state: &StateDict<'_>, plan: &Plan) -> Vec<(u32, Digest)> {
         if plan.replicas.is_empty() {
             return Vec::new();
@@ -117,8 +118,8 @@ fn digest(tensor: &Tensor<'_>, packed: &mut Vec<u8>) -> Option<Digest> {
     digest
 }
 
-/// Passes the bytes of a tensor to `take`: at once, or in pieces where they first have to be packed, in the
-/// buffer `packed`.
+/// Passes the bytes of a tensor to `take`, all at once. If they first have to be packed, passes them in
+/// pieces, through the buffer `packed`.
 fn read(tensor: &Tensor<'_>, packed: &mut Vec<u8>, mut take: impl FnMut(&[u8])) {
     let len = tensor.location.bytes() as usize;
     if len == 0 {

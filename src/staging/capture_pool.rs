@@ -1,4 +1,4 @@
-//! The capture pool: device memory for captured tensors, of which each save has one allocation.
+//! The capture pool: device memory for captured tensors. Each save has one allocation in it.
 //!
 //! A save keeps its allocation until no copy from it is queued, no kernel of a fence will read it, and all
 //! queued writes to it are done. Kept allocations do not overlap, and the program knows no address in the
@@ -37,8 +37,8 @@ impl CapturePool {
         Arc::new(Self { start: memory.start, len: memory.end - memory.start, allocations: Mutex::default() })
     }
 
-    /// The longest free part: its begin and length. It is the whole pool when no save has an allocation, so
-    /// that saves get the same addresses again and the device's lists stay the same.
+    /// The longest free part of the pool: its begin and length. It is the whole pool when no save has an
+    /// allocation, so that saves get the same addresses again and the device's lists stay the same.
     pub(super) fn span(&self) -> (u64, u64) {
         let mut allocations = lock(&self.allocations);
         allocations.retain_mut(|taken| !taken.free());
@@ -51,8 +51,8 @@ impl CapturePool {
 }
 
 impl Taken {
-    /// Whether nothing reads it and all queued writes are done: a save may fail before its tensors are
-    /// captured.
+    /// True if nothing reads the allocation and all queued writes to it are done. A save may fail before its
+    /// tensors are captured.
     fn free(&mut self) -> bool {
         self.writing.retain(|queued| !queued.over());
         self.over && self.writing.is_empty()
@@ -66,14 +66,14 @@ pub(crate) struct Allocation {
 }
 
 impl Allocation {
-    /// Allocates from the begin of a free part up to `end`. One save at a time allocates.
+    /// Allocates from the begin of a free part up to `end`. Only one save at a time allocates.
     pub(super) fn take(pool: &Arc<CapturePool>, begin: u64, end: u64) -> Self {
         let over = mutant::on(Mutant::RoomEarly);
         lock(&pool.allocations).push(Taken { begin, end, over, writing: Vec::new() });
         Self { pool: pool.clone(), begin }
     }
 
-    /// Keeps the allocation until this has run.
+    /// Keeps the allocation until `queued` has run.
     pub(super) fn wait_for(&self, queued: Arc<dyn Queued>) {
         self.change(|taken| taken.writing.push(queued));
     }

@@ -1,5 +1,5 @@
-//! Deferred releases: what is kept of a save that has ended, or will not be staged, while a device may still
-//! use it.
+//! Deferred releases: memory and sources of a save that has ended, or will not be staged, kept while a device
+//! may still use them.
 
 use super::capture_pool::Allocation;
 use super::in_flight::InFlightSaves;
@@ -13,12 +13,12 @@ use std::collections::VecDeque;
 use std::mem::forget;
 use std::sync::Arc;
 
-/// A release that waits, and what it waits for.
+/// A release that waits for a device.
 pub(super) enum DeferredRelease {
-    /// Waits for kernels in streams of the program, which may read the sources; then the save is released.
-    /// Its copies have ended.
+    /// Waits for kernels in streams of the program, which may read the sources. Then the save is released.
+    /// Its copies have ended already.
     BehindKernels { kept: KeptForRelease, ticket: Arc<Ticket> },
-    /// Waits for copies, from the sources into slabs, that a device did not end in time. The save is released
+    /// Waits for copies from the sources into slabs that a device did not end in time. The save is released
     /// already.
     BehindCopies { kept: KeptForRelease, chunks: VecDeque<InFlightChunk> },
 }
@@ -35,19 +35,19 @@ pub(super) struct KeptForRelease {
 }
 
 impl KeptForRelease {
-    /// Whether kernels may still use it.
+    /// True if kernels may still use the kept objects.
     pub fn in_use(&mut self) -> bool {
         self.queued.extract_if(.., |queued| is_over(queued)).for_each(dropped);
         !self.queued.is_empty() || self.late_copy.as_ref().is_some_and(|late_copy| late_copy.pending())
     }
 
-    /// Whether it can be released now: it has no late copy, and all queued work is over. It does not ask the
-    /// fence.
+    /// True if the objects can be released at once: there is no late copy, and all queued work is over. Does
+    /// not ask the fence.
     pub fn is_free(&self) -> bool {
         self.late_copy.is_none() && self.queued.iter().all(is_over)
     }
 
-    /// Drops objects of the program; their panics end no thread.
+    /// Drops objects of the program. A panic in a drop does not end the thread.
     pub fn release(self) {
         let Self { state, allocation, .. } = self;
         dropped((state, allocation));
@@ -65,7 +65,7 @@ impl DeferredRelease {
         }
     }
 
-    /// Releases what is kept: nothing uses it any more.
+    /// Releases the kept objects, which nothing uses any more.
     pub fn release(self, saves: &InFlightSaves) {
         match self {
             Self::BehindKernels { kept, ticket } => {
@@ -79,7 +79,8 @@ impl DeferredRelease {
         }
     }
 
-    /// Leaks what is kept, which a device may use for ever, and releases a save that is not released yet.
+    /// Leaks the kept objects, because a device may use them for ever, and releases a save that is not
+    /// released yet.
     pub fn leak(self, saves: &InFlightSaves) {
         if let Self::BehindKernels { ticket, .. } = &self {
             saves.release(ticket);
@@ -88,7 +89,7 @@ impl DeferredRelease {
     }
 }
 
-/// Whether work that a device queued at a `save` is over; false if the device panics.
+/// True if the work that a device queued at a `save` is over. False if the device panics.
 fn is_over(queued: &Arc<dyn Queued>) -> bool {
     guarded("a device panicked", || Ok(queued.over())).unwrap_or(false)
 }

@@ -7,17 +7,17 @@ use crate::guard::{dropped, guarded};
 use std::mem::forget;
 use std::time::Instant;
 
-/// See the module.
+/// The stager's state of a device.
 #[derive(Default)]
 pub(super) struct DeviceState {
     pub queue: Option<Box<dyn CopyQueue>>,
     pub deferred: Vec<DeferredRelease>,
-    /// The queue panicked inside [`DeviceState::recover`], and is not asked any more.
+    /// The queue panicked inside [`DeviceState::recover`], and is not called any more.
     pub broken: bool,
 }
 
 impl DeviceState {
-    /// Releases what is no longer in use.
+    /// Releases the objects that are no longer in use.
     pub fn recover(&mut self, saves: &InFlightSaves) {
         let Self { queue, deferred, broken } = self;
         let mut ended = None;
@@ -32,13 +32,13 @@ impl DeviceState {
         }
     }
 
-    /// Releases what is no longer in use, and leaks the other releases that `which` selects.
+    /// Releases the objects that are no longer in use, and leaks the other releases that `which` selects.
     pub fn give_up(&mut self, saves: &InFlightSaves, which: impl Fn(&DeferredRelease) -> bool) {
         self.recover(saves);
         self.leak(saves, which);
     }
 
-    /// Drops the queue, and leaks the releases that wait for its copies; the next save gets another queue.
+    /// Drops the queue, and leaks the releases that wait for its copies. The next save gets another queue.
     pub fn lose(&mut self, saves: &InFlightSaves) {
         self.give_up(saves, DeferredRelease::waits_for_copies);
         dropped(self.queue.take());
@@ -57,7 +57,7 @@ impl Drop for DeviceState {
     }
 }
 
-/// Whether all copies of the queue have ended; false when it panics, which breaks it.
+/// True if all copies of the queue have ended. False if the queue panics, which sets `broken`.
 fn ended_now(queue: &mut Option<Box<dyn CopyQueue>>, broken: &mut bool) -> bool {
     let Some(queue) = queue.as_mut().filter(|_| !*broken) else { return false };
     guarded("a device panicked", || Ok(queue.quiesce(Instant::now()))).unwrap_or_else(|error| {

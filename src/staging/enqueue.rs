@@ -1,20 +1,20 @@
-//! The queueing of one chunk: its header, its captured bytes, and copies of the rest.
+//! Queues one chunk: its header, its captured bytes, and copies of the rest.
 //!
 //! # Safety argument
-//! The stager copies elements that lie at strides in host memory itself, inside
-//! [`Source::read`](crate::state::Source::read). It queues any other copy inside `read`, or holds it back
-//! there and queues it with the rest of its chunk; either way it has locked the source gate for reading.
-//! Where a source says its address, no `read` is called, and a copy may begin at any time.
-//! The copy reads bytes that the source keeps allocated until it is dropped, and writes a slab whose lease
-//! is among the chunks in flight. Both stay until the completion event behind the copy is reached, or until
-//! `quiesce` drops a copy that is held back. A chunk is in flight before its first copy is queued, and
-//! leaves by its completion event only. The state dict is dropped when no chunk is in flight, or when the
-//! device says that no copy runs (`quiesce`); so is the allocation of the tensors that the device captured.
+//! The stager itself copies elements that lie at strides in host memory, inside
+//! [`Source::read`](crate::state::Source::read). It queues any other copy inside `read`, or holds the copy
+//! back there and queues it with the rest of its chunk. Either way it has locked the source gate for reading.
+//! If a source returns its address, `read` is not called, and a copy may begin at any time. The copy reads
+//! bytes that the source keeps allocated until it is dropped, and writes a slab whose lease is among the
+//! chunks in flight. Both stay until the completion event behind the copy is reached, or until `quiesce`
+//! drops a copy that is held back. A chunk is in flight before its first copy is queued, and only its
+//! completion event ends that. The state dict is dropped when no chunk is in flight, or when the device says
+//! that no copy runs (`quiesce`). The same holds for the allocation of the tensors that the device captured.
 //!
-//! A scope may drop borrowed sources earlier: nothing is queued from them any more, and whatever writes or
-//! frees their memory comes after the queued copies (see `executor/scope.rs`). If the device does not end its
-//! copies in time, the release of sources and slabs is deferred until it does, or they are forgotten with the
-//! queue. For borrowed sources the stager waits instead.
+//! A scope may drop borrowed sources earlier. Then nothing is queued from them any more, and all work that
+//! writes or frees their memory comes after the queued copies (see `executor/scope.rs`). If the device does
+//! not end its copies in time, the release of sources and slabs is deferred until it does, or sources and
+//! slabs are leaked with the queue. For borrowed sources the stager waits instead.
 #![expect(unsafe_code, reason = "asynchronous copies from sources into slabs; argument above")]
 
 use super::in_flight_chunk::{InFlightChunk, Origin};
@@ -48,7 +48,7 @@ pub(super) fn enqueue(
     let chunk = &job.plan.chunks[index];
     let mut digests = Some(Vec::with_capacity(chunk.segments.len()));
     let (base, mut at, mut run) = (in_flight.chunk.lease.as_mut_ptr(), 0, Run::default());
-    // Taken at the first segment that is read from live memory, and kept for all of the chunk.
+    // Locked at the first segment that is read from live memory, and kept for all of the chunk.
     let mut reading = None;
     for segment in &job.plan.segments[chunk.segments.clone()] {
         let (begin, offset, length) = (segment.at as usize, at, segment.length);
@@ -101,7 +101,8 @@ pub(super) fn enqueue(
     // beyond `at`.
     unsafe { std::ptr::write_bytes(base.wrapping_add(at), 0, tail) };
     if !mutant::on(Mutant::BatchLate) {
-        // Flush before the watermark is published, which says that these copies have been made.
+        // Flush before the watermark is published, because the watermark says that these copies have been
+        // made.
         flush(job, queue)?;
     }
     if let Some(late_copy) = &job.late_copy {
@@ -112,8 +113,8 @@ pub(super) fn enqueue(
     Ok(())
 }
 
-/// The digests of a chunk in host memory that is as predicted. It is not copied, because a chunk with these
-/// digests is not written. None: it is to be copied.
+/// The digests of a chunk in host memory whose bytes are as predicted. Such a chunk is not copied, because a
+/// chunk with these digests is not written. None: the chunk has to be copied.
 fn look(job: &Job, stamp: &Stamp, in_flight: &InFlightChunk) -> Result<Option<Vec<Digest>>> {
     let index = in_flight.chunk.index;
     let older = job.prediction.as_ref().and_then(|prediction| prediction.of(&job.plan, index));
@@ -156,18 +157,19 @@ fn look(job: &Job, stamp: &Stamp, in_flight: &InFlightChunk) -> Result<Option<Ve
     Ok(Some(digests))
 }
 
-/// What the part of a chunk that one device has is read from.
+/// The memory from which one device's part of a chunk is read.
 #[derive(Clone, Copy)]
 enum Image {
     /// Memory of the device with the layout of the slab, at this address: a slot, or gathered tensors.
     At(u32, u64),
     /// The tensors themselves, one by one.
     None,
-    /// Nothing: it is in the slab already.
+    /// No memory: the part is in the slab already.
     Arrived,
 }
 
-/// What the part of each device is read from; makes the devices gather it, if it is one to be gathered.
+/// Returns the memory from which each device's part is read. Makes a device gather its part first, if the
+/// part is to be gathered.
 fn images(job: &Job, in_flight: &InFlightChunk) -> Result<SmallVec<[Image; 2]>> {
     let (Some(late_copy), index) = (&job.late_copy, in_flight.chunk.index) else { return Ok(SmallVec::new()) };
     let image = |(device, origin): (usize, &Origin)| {
@@ -184,13 +186,13 @@ fn images(job: &Job, in_flight: &InFlightChunk) -> Result<SmallVec<[Image; 2]>> 
     in_flight.origins.iter().enumerate().map(image).collect()
 }
 
-/// What a tensor is read from.
+/// The memory from which a tensor is read.
 fn image_of(job: &Job, images: &[Image], tensor: usize) -> Image {
     let device = job.late_copy.as_ref().and_then(|late_copy| late_copy.device_of(tensor));
     device.and_then(|device| images.get(device).copied()).unwrap_or(Image::None)
 }
 
-/// Adjacent segments of one image, which are copied as one.
+/// Adjacent segments of one image, which one copy transfers.
 #[derive(Default)]
 struct Run {
     ordinal: u32,
@@ -212,14 +214,14 @@ impl Run {
     }
 }
 
-/// Makes a device gather its part of a chunk from live memory, if it is one to be gathered.
+/// Makes a device gather its part of a chunk from live memory, if the part is to be gathered.
 fn gather(job: &Job, late_copy: &LateCopy, device: usize, chunk: usize) -> Result<Option<u64>> {
     let _reading = begin_reading(job)?;
     late_copy.gather(device, chunk)
 }
 
-/// Queues the copies that are held back, but none once the save has failed: writers of the tensors then wait
-/// for no more copies.
+/// Queues the copies that are held back. Queues none once the save has failed, because writers of the tensors
+/// then wait for no more copies.
 fn flush(job: &Job, queue: &mut dyn CopyQueue) -> Result<()> {
     let _reading = begin_reading(job)?;
     queue.flush()

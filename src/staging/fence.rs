@@ -1,9 +1,9 @@
 //! The fence: waits until no save reads live sources, or makes streams wait for the copies that still read
 //! them.
 //!
-//! With no save reading it costs one atomic load. At the deadline the fence fails the saves that still read
-//! *before* it returns, and waits for one copy that had been decided: no read by the host races a write after
-//! a fence, however the fence ended.
+//! If no save reads, a fence costs one atomic load. At the deadline the fence fails the saves that still read
+//! *before* it returns, and waits for one copy that had been decided. So no read by the host races a write
+//! after a fence, whatever the result of the fence.
 
 use super::stager::Stager;
 use crate::completion::deadline_after;
@@ -22,7 +22,7 @@ impl Stager {
     ///
     /// # Errors
     /// `Deadline`: the saves that still read have been failed, and no copy is begun for them any more. Copies
-    /// that an asynchronous device already makes end when their `staged` resolves.
+    /// that an asynchronous device already makes have ended when their `staged` resolves.
     pub fn fence(&self, patience: Duration) -> Result<()> {
         let reading = self.saves.reading();
         if reading.is_empty() {
@@ -51,13 +51,13 @@ impl Stager {
         result
     }
 
-    /// Fences `streams` for each save that still reads. The device makes late copies of the save; or the
-    /// calling thread waits until all copies of live sources are queued, and makes `streams` wait for them.
-    /// With a wait guard, `streams` go on at the latest when the saves that keep it have failed. See
-    /// [`CheckpointExecutor::fence_on`](crate::CheckpointExecutor::fence_on).
+    /// Fences `streams` for each save that still reads. Either the device makes late copies of the save, or
+    /// the calling thread waits until all copies of live sources are queued and makes `streams` wait for
+    /// them. With a wait guard, `streams` go on at the latest when the saves that keep the guard have failed.
+    /// See [`CheckpointExecutor::fence_on`](crate::CheckpointExecutor::fence_on).
     ///
     /// # Errors
-    /// `Deadline`, as for `fence`. Errors of the device: unless the error is `Invalid`, the saves that still
+    /// `Deadline`, as for `fence`. Errors of the device. Unless the error is `Invalid`, the saves that still
     /// read have been failed.
     pub fn fence_on(&self, streams: &[DeviceStream], patience: Duration) -> Result<()> {
         let reading = self.saves.reading();
@@ -70,8 +70,8 @@ impl Stager {
         for ticket in &reading {
             match self.fence_by_late_copy(ticket, streams, deadline) {
                 Ok(true) => {}
-                // A save of host tensors alone: its writers have no stream to wait in, and a device may still
-                // copy them.
+                // The save has only host tensors. Their writers have no stream that can wait, and a device
+                // may still copy the tensors.
                 Ok(false) if ticket.extent().streams.is_empty() => {
                     result = result.and(wait_until_staged(ticket, patience, deadline));
                 }
@@ -107,11 +107,10 @@ impl Stager {
         result
     }
 
-    /// Whether `streams` need not wait for the rest of a save's copies, because the device makes late copies
-    /// of it.
+    /// True if `streams` need not wait for the rest of a save's copies, because the device makes late copies.
     fn fence_by_late_copy(&self, ticket: &Arc<Ticket>, streams: &[DeviceStream], deadline: Instant) -> Result<bool> {
         match (self.scratch.get(), self.late_copy(ticket)) {
-            // Borrowed saves use scratch only when their scope ends; until then streams wait for their
+            // Borrowed saves use scratch only when their scope ends. Until then streams wait for their
             // copies.
             (Some(scratch), Some((late_copy, borrowed))) if !borrowed || late_copy.launched() => {
                 scratch.fence(ticket, &late_copy, streams, deadline)
@@ -120,9 +119,9 @@ impl Stager {
         }
     }
 
-    /// Makes `streams` wait for all copies queued so far, by memory-waits where available, else by events.
-    /// Not used at the end of a scope: borrowed memory may be freed then, and only after its copies have
-    /// ended, even if the save has failed.
+    /// Makes `streams` wait for all copies queued so far, by memory-waits if available, else by events. Not
+    /// used at the end of a scope, because borrowed memory may be freed there, which must come after its
+    /// copies have ended, even if the save has failed.
     fn order(&self, streams: &[DeviceStream]) -> Result<Option<WaitGuard>> {
         match self.waits.get().map(|waits| waits.order(streams)) {
             Some(Ok(Some(guard))) => return Ok(Some(guard)),
@@ -136,10 +135,10 @@ impl Stager {
         self.device.order(streams).map(|()| None)
     }
 
-    /// Releases the borrowed sources of these saves. Queued copies may still read them when it returns;
-    /// `streams`, and the streams that wrote the tensors, wait for those. A save with chunks still to be
-    /// queued is frozen, if slots are available. If all its chunks are queued, streams wait for its copies.
-    /// Otherwise the calling thread waits.
+    /// Releases the borrowed sources of these saves. Queued copies may still read the sources when this
+    /// returns; `streams`, and the streams that wrote the tensors, wait for these copies. A save with chunks
+    /// that are not queued yet is frozen, if slots are available. If all chunks of a save are queued, streams
+    /// wait for its copies. Otherwise the calling thread waits.
     ///
     /// # Errors
     /// `Deadline`, as for [`freeze`].
@@ -181,23 +180,23 @@ impl Stager {
     /// Drops the sources of a save that queues nothing more from live memory.
     fn release_sources(&self, ticket: &Arc<Ticket>, began: Instant) {
         ticket.fenced.store(true, Ordering::Release);
-        // Request first: the stager may take the save out of the queue meanwhile.
+        // Request first, because the stager may take the save out of the queue meanwhile.
         ticket.request_release();
         match self.take_sources(ticket) {
             Some(state) => {
                 dropped(state);
                 ticket.sources.set_dropped();
             }
-            // The stager drops them next, or ends the save.
+            // The stager drops the sources next, or ends the save.
             None => ticket.sources.wait_until_dropped(),
         }
         ticket.add_fence(began);
     }
 }
 
-/// Waits until the sources of these saves are dropped, and returns only then: their memory is borrowed. At
-/// the deadline it fails the save, which limits the wait to the copies already queued; those cannot be
-/// cancelled.
+/// Waits until the sources of these saves are dropped, and returns only then, because their memory is
+/// borrowed. At the deadline it fails the saves that still read, which limits the wait to the copies already
+/// queued; these cannot be cancelled.
 ///
 /// # Errors
 /// `Deadline`.
@@ -214,7 +213,7 @@ pub(crate) fn freeze(tickets: &[Arc<Ticket>], patience: Duration) -> Result<()> 
     result
 }
 
-/// Streams of both lists, each once.
+/// The streams of both lists, without duplicates.
 fn together<'a>(some: &[DeviceStream<'a>], others: &[DeviceStream<'a>]) -> Vec<DeviceStream<'a>> {
     let mut all = [some, others].concat();
     all.sort_unstable();
@@ -222,7 +221,7 @@ fn together<'a>(some: &[DeviceStream<'a>], others: &[DeviceStream<'a>]) -> Vec<D
     all
 }
 
-/// Waits until no live source of a save is read any more; fails it at the deadline.
+/// Waits until no live source of a save is read any more. Fails the save at the deadline.
 fn wait_until_staged(ticket: &Ticket, patience: Duration, deadline: Instant) -> Result<()> {
     if ticket.staged.is_complete() {
         return Ok(());

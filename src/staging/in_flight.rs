@@ -1,4 +1,4 @@
-//! The saves in flight: those whose sources may still be read, and those that have not ended.
+//! The saves in flight: saves whose sources may still be read, and saves that have not ended.
 
 use crate::error::{Error, ErrorKind};
 use crate::mutant::{self, Mutant};
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 /// How long the stager sleeps when no save has a deadline.
 const IDLE: Duration = Duration::from_secs(3600);
 
-/// The next deadline, and how many saves had been added when it was found.
+/// The next deadline, and the number of saves that had been added when it was determined.
 pub(crate) struct Due {
     pub next: Instant,
     added: u64,
@@ -28,7 +28,7 @@ pub(crate) struct InFlightSaves {
 }
 
 impl InFlightSaves {
-    /// Adds a save, whose sources may be read from now on.
+    /// Adds a save. Its sources may be read from then on.
     pub fn add(&self, ticket: Arc<Ticket>) {
         if ticket.listed.swap(true, Ordering::AcqRel) {
             return; // already listed as a deferred save
@@ -43,7 +43,7 @@ impl InFlightSaves {
         self.reading.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Records that the sources of `ticket` are dropped. Called once for each time that it was added.
+    /// Records that the sources of `ticket` are dropped. Called once for each time that the save was added.
     pub fn release(&self, ticket: &Ticket) {
         ticket.release();
         self.reading.fetch_sub(1, Ordering::AcqRel);
@@ -90,7 +90,7 @@ impl InFlightSaves {
 
     /// Resolves saves whose deadline has passed, and returns the next deadline.
     pub fn expire(&self, now: Instant) -> Due {
-        // Read before the list: a save that is added in between then counts as not looked at.
+        // Read before the list, so that a save that is added in between counts as not examined.
         let added = self.added.load(Ordering::Acquire);
         let unfinished = self.unfinished();
         let due = |t: &Ticket| t.deadline + t.grace;
@@ -103,19 +103,19 @@ impl InFlightSaves {
         Due { next: next.unwrap_or(now + IDLE), added }
     }
 
-    /// Whether it is time to [`expire`](Self::expire) again: `due` has passed, or a save was added that may
-    /// be due earlier.
+    /// True if [`expire`](Self::expire) has to run again: `due` has passed, or a save was added that may be
+    /// due earlier.
     pub fn is_due(&self, due: &Due, now: Instant) -> bool {
         due.next <= now || self.has_grown(due)
     }
 
-    /// Whether a save was added since `due` was found.
+    /// True if a save was added since `due` was determined.
     pub fn has_grown(&self, due: &Due) -> bool {
         self.added.load(Ordering::Acquire) != due.added
     }
 
-    /// Saves that a fence waits for: their sources may still be read, and the program may write them after
-    /// it. With no such save it costs one atomic load.
+    /// The saves that a fence waits for: their sources may still be read, and the program may write these
+    /// sources after the fence. If there is no such save, this costs one atomic load.
     pub fn reading(&self) -> Vec<Arc<Ticket>> {
         if self.reading.load(Ordering::Acquire) == 0 || mutant::on(Mutant::Fence) {
             return Vec::new();

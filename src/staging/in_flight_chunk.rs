@@ -12,34 +12,34 @@ pub(super) struct InFlightChunk {
     /// The completion event behind the last copy; `u64::MAX` while copies are being queued.
     pub event: u64,
     pub origins: Origins,
-    /// When the stager queued its copies; None unless the save is traced.
+    /// When the stager began and ended queueing its copies. None unless the save is traced.
     pub queued: Option<(Instant, Instant)>,
 }
 
-/// What the part of a chunk that one device has is copied from.
+/// The memory from which one device's part of a chunk is copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Origin {
-    /// Live memory: the device had not told F.
+    /// Live memory, because the device had not told F.
     Live,
-    /// Its late copy.
+    /// The late copy of the part.
     Slot,
-    /// Nothing: the device has no part of the chunk, or it has arrived and is kept.
+    /// No memory: the device has no part of the chunk, or the part has arrived and is kept.
     Nothing,
 }
 
-/// By device of the save; empty where no device has kernels for it.
+/// The origins by device of the save. Empty if no device has kernels for the save.
 pub(super) type Origins = SmallVec<[Origin; 2]>;
 
 impl InFlightChunk {
-    /// Whether some part that may be copied late is copied from live memory.
+    /// True if a part that may be copied late is copied from live memory.
     pub fn is_live(&self) -> bool {
         self.origins.contains(&Origin::Live)
     }
 
-    /// The least F told by the devices whose parts are copied from live memory.
+    /// The lowest F told by the devices whose parts are copied from live memory.
     pub fn first(&self, told: &Told) -> Option<usize> {
         if mutant::on(Mutant::LatchEarly) {
-            // None of them had told F when the chunk was queued.
+            // None of these devices had told F when the chunk was queued.
             return None;
         }
         let live = self.origins.iter().zip(told).filter(|(origin, _)| **origin == Origin::Live);

@@ -16,18 +16,19 @@ pub(crate) struct Job {
     pub plan: Arc<Plan>,
     pub state: StateDict<'static>,
     pub captured: Captured,
-    /// The work that wrote device tensors: copies wait for it.
+    /// The work that wrote device tensors. Copies wait for this work.
     pub behind: Option<Dependency>,
-    /// How the device gathers its chunks and copies them late.
+    /// Gathers the chunks of the save on its devices, and copies them late.
     pub late_copy: Option<Arc<LateCopy>>,
     /// Memory of the captured tensors; `queued` is the work that the device queued at `save`.
     pub allocation: Option<Allocation>,
     pub queued: Vec<Arc<dyn Queued>>,
-    /// What may be the same as in an older step.
+    /// Which bytes may be the same as in an older step.
     pub prediction: Option<Arc<Prediction>>,
     /// The program may free the sources as soon as the save is released.
     pub borrowed: bool,
-    /// The stager does not stage it before this time: a failed save waits before its next attempt.
+    /// The stager does not stage the save before this time, because a failed save waits before its next
+    /// attempt.
     pub not_before: Option<Instant>,
     pub sink: Arc<dyn Sink>,
 }

@@ -11,19 +11,19 @@ use std::sync::Arc;
 /// F of each device of a save, as far as it is told.
 pub(super) type Told = SmallVec<[Option<usize>; 2]>;
 
-/// The queued kernels, which tell F of their devices. Dropping them waits until they have run.
+/// The queued kernels, which tell F of their devices. Dropping the set waits until the kernels have run.
 pub(super) struct KernelSet {
-    /// Of the first devices of the save; a driver has refused those of the others.
+    /// The kernels of the first devices of the save. A driver has refused the kernels of the others.
     kernels: SmallVec<[Arc<dyn FenceKernels>; 2]>,
-    /// How many devices the save has.
+    /// The number of devices of the save.
     devices: usize,
 }
 
 impl KernelSet {
-    /// Makes each device of the save queue its kernels, in the first of `streams` that is its own or else in
-    /// a stream of ours, and then makes `streams` wait for the kernels of all. `slots` has the addresses of
-    /// the slots by device, and `behind` says of a device and its first chunk with a slot whether the kernels
-    /// come behind all copies queued so far. The second value is Ok if everything was queued.
+    /// Makes each device of the save queue its kernels, in the first of `streams` that belongs to the device
+    /// or else in a stream of ours. Then makes `streams` wait for the kernels of all devices. `slots` has the
+    /// addresses of the slots by device. `behind` says for a device and its first chunk with a slot whether
+    /// the kernels come behind all copies queued so far. The second value is Ok if everything was queued.
     ///
     /// # Errors
     /// Nothing was queued.
@@ -35,7 +35,7 @@ impl KernelSet {
     ) -> Result<(Self, Result<()>)> {
         let mut set = Self { kernels: SmallVec::new(), devices: save.devices.len() };
         if let Some(on) = save.devices.first() {
-            // Before anything is queued, so that a refusal leaves nothing behind.
+            // Check before anything is queued, so that a refusal leaves nothing queued.
             on.device.refuse_captures(streams)?;
         }
         for (on, slots) in save.devices.iter().zip(slots) {
@@ -68,13 +68,13 @@ impl KernelSet {
         self.kernels.iter().try_for_each(|kernels| kernels.follow(streams))
     }
 
-    /// Whether all of them have run, or never will.
+    /// True if all kernels have run, or never will.
     pub fn over(&self) -> bool {
-        // All are asked, because asking detects a lost device.
+        // Ask all kernels, because asking detects a lost device.
         self.kernels.iter().filter(|kernels| !kernels.over()).count() == 0
     }
 
-    /// F of each device, as far as it is told.
+    /// F of each device that has told it.
     pub fn told(&self) -> Told {
         (0..self.devices).map(|index| self.kernels.get(index)?.latched()).collect()
     }

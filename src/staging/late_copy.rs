@@ -1,23 +1,23 @@
-//! The late copy of one save: its devices copy chunks that have not left them at the fence within their own
-//! memory, and the save reads them from there.
+//! The late copy of one save. Its devices copy chunks that have not left them at the fence within their own
+//! memory, and the save reads the chunks from there.
 //!
-//! `checks/model/fence.py` checks the protocol as a model, over all interleavings of small sizes; the names
-//! are the model's. *F* of a device is how many chunks had left it when a stream came to the fence. A chunk
-//! may have tensors of several devices: watermark, F and slots are per device, and concern the part of a
-//! chunk that lies there.
+//! `checks/model/fence.py` checks a model of this protocol, over all interleavings of small sizes. The names
+//! here are those of the model. *F* of a device is the number of chunks that had left the device when a
+//! stream came to the fence. A chunk may have tensors of several devices. So watermark, F and slots are per
+//! device, and concern the part of a chunk that lies there.
 //!
 //! The thread that fences *reserves* slots for the last chunks of each device, and waits until all chunks
 //! without a slot are queued. Each device latches F, makes late copies of its parts of the chunks from F on,
-//! and tells F. The streams that are fenced wait for the kernels of all devices, because they may write the
-//! memory of all. The stager reads F after a chunk's completion event, and only then *judges*: it repeats,
-//! from the slot, the copy of each part that was made from live memory although its chunk is from F on. A
-//! slot is free once its device has told F, and its chunk is before F or handed over, never earlier. If a
-//! driver refuses some of the kernels, F is not told everywhere: the save has failed, and its slots are free
-//! when it is staged and the queued kernels have run.
+//! and tells F. The fenced streams wait for the kernels of all devices, because these streams may write the
+//! memory of all devices. The stager reads F after a chunk's completion event, and only then *judges*: if a
+//! part was copied from live memory although its chunk is from F on, the stager repeats the copy from the
+//! slot. A slot is free once its device has told F, and its chunk is before F or handed over. It is never
+//! free earlier. If a driver refuses some of the kernels, not every device tells F. Then the save has failed,
+//! and its slots are free when it is staged and the queued kernels have run.
 //!
 //! # States
-//! Every event is a method of [`LateCopy`], and changes the state under its one lock. An event that is not in
-//! the table changes nothing, and the method tells its caller so.
+//! Every event is a method of [`LateCopy`], and changes the state under its only lock. An event that is not
+//! in the table changes nothing, and the method tells its caller so.
 //!
 //! | event | by | from | to |
 //! |---|---|---|---|
@@ -32,13 +32,13 @@
 //! | `reap`: the save is staged, and no kernel is pending | a fence, later | latched, or launched and refused in part | done |
 //!
 //! `hand_over` counts in every state. `decide` lets the stager queue a chunk from live memory while the late
-//! copy is open, or reserved or launched and not frozen; `freeze` waits for a chunk that was decided. A
-//! launch that could queue nothing goes back to open, so that the host can wait instead.
+//! copy is open, or while it is reserved or launched and not frozen. `freeze` waits for a chunk that was
+//! decided. A launch that could queue nothing goes back to open, so that the host can wait instead.
 //!
-//! **Locks.** The state lock is held for a few instructions; under it only the locks of a ticket's state and
-//! completions are taken. The *turn* is a lock of its own, taken before all others. Its owner waits for
-//! chunks to be queued, for slots and for the driver. Meanwhile no other thread may fence the same save, but
-//! the stager must still read the state.
+//! **Locks.** The state lock is held for a few instructions. While a thread holds it, it takes only the locks
+//! of a ticket's state and completions. The *turn* is another lock, which is taken before all others. Its
+//! owner waits for chunks to be queued, for slots and for the driver. Meanwhile no other thread may fence the
+//! same save, but the stager must still read the state.
 
 use super::in_flight_chunk::{Origin, Origins};
 use super::kernel_set::{KernelSet, Told};
@@ -52,9 +52,9 @@ use smallvec::smallvec;
 use std::fmt;
 use std::sync::Arc;
 
-/// See the module.
+/// The late copy of one save; see the module.
 pub(crate) struct LateCopy {
-    /// What stays the same for the whole save.
+    /// The data that stay the same for the whole save.
     pub(super) save: Planned,
     locked: Mutex<Locked>,
     /// Notified when a chunk that was decided for live memory is queued.
@@ -62,7 +62,7 @@ pub(crate) struct LateCopy {
     turn: Mutex<()>,
 }
 
-/// What changes during the save.
+/// The data that change during the save.
 #[derive(Default)]
 struct Locked {
     state: State,
@@ -84,7 +84,7 @@ enum State {
     },
     Launched {
         frozen: bool,
-        /// None while they are being queued.
+        /// None while the kernels are being queued.
         kernels: Option<Arc<KernelSet>>,
     },
     Latched {
@@ -103,8 +103,8 @@ pub(super) struct Slot {
     pub address: u64,
 }
 
-/// Slots on one device, of the chunks from `first` on; None for a chunk without a part there, and once they
-/// are given back.
+/// The slots on one device, for the chunks from `first` on. None for a chunk without a part there, and for a
+/// slot that was given back.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Slots {
     pub first: usize,
@@ -120,7 +120,7 @@ impl Slots {
 }
 
 impl Locked {
-    /// F of each device, as far as it is told; None when no kernels are launched.
+    /// F of each device that has told it. None when no kernels are launched.
     fn told(&mut self) -> Option<Told> {
         if let State::Launched { kernels: Some(kernels), .. } = &self.state {
             let told = kernels.told();
@@ -171,12 +171,12 @@ impl LateCopy {
         self.save.slotted && !streams.is_empty()
     }
 
-    /// Takes the turn, which one thread has at a time, so that kernels are launched once.
+    /// Takes the turn. Only one thread has it at a time, so that kernels are launched once.
     pub(super) fn turn(&self) -> MutexGuard<'_, ()> {
         lock(&self.turn)
     }
 
-    /// Open to reserved; returns the slots if the state is not open any more.
+    /// Changes the state from open to reserved. Returns the slots if the state is not open any more.
     pub(super) fn reserve(&self, slots: Vec<Slots>) -> Result<(), Vec<Slots>> {
         let mut locked = lock(&self.locked);
         if !matches!(locked.state, State::Open) {
@@ -186,7 +186,7 @@ impl LateCopy {
         Ok(())
     }
 
-    /// Ends queueing from live memory, and waits for one chunk that was decided.
+    /// Ends queueing from live memory, and waits for a chunk that was decided.
     pub(super) fn freeze(&self) {
         let mut locked = lock(&self.locked);
         if let State::Reserved { frozen } = &mut locked.state {
@@ -197,9 +197,9 @@ impl LateCopy {
         }
     }
 
-    /// Reserved to launched; returns the addresses of the slots by device, 0 for a chunk without one. None
-    /// when the save has ended or was taken back: no kernels may be queued then. A save that fails later
-    /// learns from `end` or `withdraw` that kernels may read its sources.
+    /// Changes the state from reserved to launched. Returns the addresses of the slots by device, 0 for a
+    /// chunk without a slot. None when the save has ended or was taken back; no kernels may be queued then. A
+    /// save that fails later learns from `end` or `withdraw` that kernels may read its sources.
     pub(super) fn launch(&self, ticket: &Ticket) -> Option<Vec<Vec<u64>>> {
         let mut locked = lock(&self.locked);
         let State::Reserved { frozen } = locked.state else { return None };
@@ -218,7 +218,7 @@ impl LateCopy {
         }
     }
 
-    /// Back to open if no kernels are queued; returns the slots.
+    /// Changes the state back to open if no kernels are queued, and returns the slots.
     pub(super) fn give_up(&self) -> Vec<Slot> {
         let mut locked = lock(&self.locked);
         match locked.state {
@@ -230,13 +230,13 @@ impl LateCopy {
         locked.take(|_, _| true)
     }
 
-    /// F of each device, as far as it is told.
+    /// F of each device that has told it.
     pub fn told(&self) -> Told {
         let told = lock(&self.locked).told();
         told.unwrap_or_else(|| smallvec![None; self.save.devices.len()])
     }
 
-    /// What a chunk is to be copied from: the part of a device that has told F is in its slot.
+    /// The memory from which a chunk has to be copied. The part of a device that has told F is in its slot.
     pub(super) fn origins(&self, chunk: usize, told: &Told) -> Origins {
         let origin = |(on, told): (&OnOneDevice, &Option<usize>)| match told {
             _ if !on.has_any(chunk..chunk + 1) => Origin::Nothing,
@@ -246,7 +246,7 @@ impl LateCopy {
         self.save.devices.iter().zip(told).map(origin).collect()
     }
 
-    /// Whether kernels were launched, or are being queued, and the save is not done.
+    /// True if kernels were launched, or are being queued, and the save is not done.
     pub fn launched(&self) -> bool {
         matches!(lock(&self.locked).state, State::Launched { .. } | State::Latched { .. })
     }
@@ -260,30 +260,30 @@ impl LateCopy {
         }
     }
 
-    /// Whether kernels that read live memory are being queued or may still run.
+    /// True if kernels that read live memory are being queued or may still run.
     pub fn pending(&self) -> bool {
         let kernels = match &lock(&self.locked).state {
             State::Launched { kernels, .. } => kernels.clone(),
             _ => return false,
         };
-        // Asked with no lock held, because `over` calls the driver.
+        // No lock is held here, because `over` calls the driver.
         kernels.is_none_or(|kernels| !kernels.over())
     }
 
-    /// Fails when a device is lost, and its F will never be told.
+    /// Fails if a device is lost, because it will never tell its F.
     pub fn check(&self) -> Result<()> {
         // Asking the kernels detects a lost device.
         _ = self.pending();
         self.save.devices.iter().try_for_each(|on| on.device.check())
     }
 
-    /// Whether nothing is queued from live memory any more.
+    /// True if nothing is queued from live memory any more.
     pub fn frozen(&self) -> bool {
         matches!(lock(&self.locked).state, State::Reserved { frozen: true } | State::Launched { frozen: true, .. })
     }
 
-    /// Decides to queue one chunk from live memory; `freeze` waits for it. None when nothing more is queued
-    /// from there.
+    /// Decides to queue one chunk from live memory; `freeze` waits for this chunk. None when nothing more is
+    /// queued from live memory.
     pub fn decide(&self) -> Option<Decided<'_>> {
         let mut locked = lock(&self.locked);
         let free = match locked.state {
@@ -313,7 +313,7 @@ impl LateCopy {
         }
     }
 
-    /// Counts a chunk that is handed over; returns its slots that are free by now.
+    /// Counts a chunk that is handed over. Returns its slots that are free by now.
     pub(super) fn hand_over(&self, chunk: usize) -> Vec<Slot> {
         let mut locked = lock(&self.locked);
         locked.handed += 1;
@@ -326,7 +326,7 @@ impl LateCopy {
         lock(&self.locked).handed
     }
 
-    /// Returns the slots that are free by now, and whether nothing is left to watch. `staged`: the save is
+    /// Returns the slots that are free by now, and true if nothing is left to watch. `staged`: the save is
     /// staged.
     pub(super) fn reap(&self, staged: bool) -> (Vec<Slot>, bool) {
         let ended = staged && !self.pending();
@@ -334,7 +334,8 @@ impl LateCopy {
         let told = locked.told().unwrap_or_default();
         let over = match locked.state {
             State::Latched { .. } => staged || mutant::on(Mutant::SlotEarly),
-            // Some kernels could not be queued, so F is never told everywhere; the queued ones have ended.
+            // Some kernels could not be queued, so not every device will tell F. The queued kernels have
+            // ended.
             State::Launched { .. } => ended,
             _ => return (Vec::new(), true),
         };
@@ -342,7 +343,7 @@ impl LateCopy {
         let slots = locked.take(|device, chunk| over || before(device, chunk));
         let last = (over && staged).then(|| std::mem::replace(&mut locked.state, State::Done));
         drop(locked);
-        // Dropped with no lock held: the last owner of kernels frees memory.
+        // Dropped with no lock held, because the last owner of kernels frees memory.
         drop(last);
         (slots, over)
     }
@@ -353,8 +354,8 @@ impl LateCopy {
         self.save.devices.iter().position(|on| on.ordinal == ordinal)
     }
 
-    /// Gathers the part of a chunk that a device has, if the chunk is one to be gathered. Returns the address
-    /// of the slab's first byte there.
+    /// Gathers a device's part of a chunk, if the chunk is to be gathered. Returns the address there that
+    /// corresponds to the slab's first byte.
     pub fn gather(&self, device: usize, chunk: usize) -> Result<Option<u64>> {
         let on = &self.save.devices[device];
         if on.gathered.get(chunk) != Some(&true) {
@@ -363,8 +364,8 @@ impl LateCopy {
         on.device.gather(chunk).map(Some)
     }
 
-    /// Advances, behind the copies so far, the watermarks of the devices whose part of this chunk is copied
-    /// from live memory.
+    /// Advances the watermarks of the devices whose part of this chunk is copied from live memory. The
+    /// devices do that behind the copies queued so far.
     pub(super) fn publish(&self, chunk: usize, origins: &Origins) -> Result<()> {
         let watermark = self.save.base + chunk as u64 + 1;
         let live = self.save.devices.iter().zip(origins).filter(|(_, origin)| **origin == Origin::Live);

@@ -1,14 +1,12 @@
 //! Staging: one thread copies each save's chunks from the memory of the tensors into slabs, and passes them
 //! to a sink.
 //!
-//! **Consistency.** The stager stages saves strictly in order. Staged bytes are those at the fence; those of
-//! captured tensors are from the call of `save`. **Back-pressure.** The stager waits for a free slab, never
-//! for the disk.
-//! **Completion.** A save is staged when its last copy from live memory has arrived and its sources are
-//! dropped.
-//! **Cancellation.** The stager reads no more of a failed save. It waits for the copies in flight, then
-//! returns slabs and releases sources.
-//! **Time.** The stager never touches storage, so it also expires saves at their deadlines.
+//! **Consistency.** The stager stages saves strictly in order. Staged bytes are the bytes at the fence.
+//! Captured tensors have their bytes from the call of `save`. **Back-pressure.** The stager waits for a free
+//! slab, never for the disk. **Completion.** A save is staged when its last copy from live memory has arrived
+//! and its sources are dropped. **Cancellation.** The stager reads no more of a failed save. It waits for the
+//! copies in flight, then returns slabs and releases sources. **Time.** The stager also expires saves at
+//! their deadlines, because it never touches storage and so never hangs there.
 
 mod capture;
 mod capture_pool;

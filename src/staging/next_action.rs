@@ -1,12 +1,12 @@
-//! Decides what the stager does next with a save, from a `View` of the save and nothing else.
+//! Decides what the stager does next with a save, only from a `View` of the save.
 
 use crate::mutant::{self, Mutant};
 
-/// How many chunks are in flight at once. Few, because copy engines are first in, first out: other transfers
-/// wait behind them.
+/// How many chunks are in flight at once. Few, because copy engines are first in, first out, and other
+/// transfers wait behind these chunks.
 const CHUNKS_IN_FLIGHT: usize = 2;
 
-/// What the stager sees of a save.
+/// The state of a save, as the stager sees it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct View {
     pub failed: bool,
@@ -16,7 +16,7 @@ pub(super) struct View {
     pub latched: bool,
     /// Nothing is queued from live memory any more.
     pub frozen: bool,
-    /// The next chunk to be queued, and how many there are.
+    /// The next chunk to be queued. `chunks` is the number of all chunks.
     pub next: usize,
     pub chunks: usize,
     pub in_flight: usize,
@@ -32,7 +32,7 @@ pub(super) struct View {
     pub sources: bool,
     /// The end of a scope has requested the drop of the sources, and waits for it.
     pub release_requested: bool,
-    /// Releases of other saves are deferred, and have to be polled.
+    /// Releases of other saves are deferred and have to be polled.
     pub deferred: bool,
 }
 
@@ -40,7 +40,7 @@ pub(super) struct View {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Arrived {
     pub chunk: usize,
-    /// The least F, read after the copies had ended, of the devices whose parts were copied from live memory.
+    /// The lowest F of the devices whose parts were copied from live memory, read after the copies had ended.
     pub first: Option<usize>,
 }
 
@@ -49,22 +49,23 @@ pub(super) struct Arrived {
 pub(super) enum Action {
     /// Hand the oldest chunk over.
     HandOver,
-    /// Copy parts of the oldest chunk again, from their slots: the tensors may have been written during the
-    /// copy.
+    /// Copy parts of the oldest chunk again, from their slots, because the tensors may have been written
+    /// during the copy.
     CopyAgain,
-    /// Return the oldest chunk's slab: it would be copied again, but the save has failed.
+    /// Return the oldest chunk's slab, because the chunk would be copied again, but the save has failed.
     Discard,
-    /// Drop the sources: nothing more is queued from them.
+    /// Drop the sources, because nothing more is queued from them.
     ReleaseSources,
     /// Queue the next chunk: all of it from slots, or some of it from live memory.
     Queue { live: bool },
-    /// Stop: all chunks are handed over, or the save has failed.
+    /// Stop, because all chunks are handed over, or the save has failed.
     End,
-    /// Wait until F is told, while the device is alive: the remaining chunks can come from slots only.
+    /// Wait until F is told, while the device is alive, because the remaining chunks can come only from
+    /// slots.
     AwaitF,
     /// Wait for copies in flight or deferred releases, which are polled.
     AwaitCopies,
-    /// Wait for a slab, bytes or a failure: all of these notify.
+    /// Wait for a slab, bytes or a failure, all of which notify the stager.
     AwaitNews,
 }
 
@@ -147,8 +148,8 @@ mod tests {
             // A chunk that has arrived goes first.
             (View { arrived: arrived(0, None), ..FULL }, HandOver),
             (View { arrived: arrived(0, None), failed: true, release_requested: true, ..FULL }, HandOver),
-            // A chunk before F or from a slot is handed over; a live copy from F on is made again, also when
-            // another device has not told F.
+            // A chunk before F or from a slot is handed over. A copy from live memory of a chunk from F on is
+            // made again, even if another device has not told F.
             (View { arrived: arrived(1, Some(2)), latched: true, ..FULL }, HandOver),
             (View { arrived: arrived(2, None), ..LATCHED }, HandOver),
             (View { arrived: arrived(2, Some(2)), ..FULL }, CopyAgain),
@@ -161,7 +162,7 @@ mod tests {
             (View { latched: true, live_in_flight: false, ..FULL }, ReleaseSources),
             (LATCHED, Queue { live: false }),
             (View { frozen: true, ..LATCHED }, Queue { live: false }),
-            // Frozen, and F is not told: nothing can be queued.
+            // The save is frozen and F is not told, so nothing can be queued.
             (View { frozen: true, ..BEGUN }, AwaitF),
             (View { frozen: true, ..FULL }, AwaitF),
             (View { frozen: true, release_requested: true, ..FULL }, ReleaseSources),

@@ -1,8 +1,8 @@
-//! What a device does in a call of `save`, in the order of the streams that wrote the tensors. It captures
-//! small tensors, which may then change before the fence. For the first saves it digests the others, to
-//! detect a forgotten fence.
+//! The work of a device in a call of `save`, in the order of the streams that wrote the tensors. The device
+//! captures small tensors, which may then change before the fence. For the first saves it digests the others,
+//! to detect a forgotten fence.
 //!
-//! A captured tensor is from then on read from the *capture pool*; later code treats it like any other device
+//! From then on a captured tensor is read from the *capture pool*. Later code treats it like any other device
 //! tensor.
 
 use super::capture_pool::{Allocation, CapturePool};
@@ -18,10 +18,10 @@ const SMALL_TENSOR_BYTES: u64 = 128 << 10;
 /// The alignment of tensors in the pool.
 const ALIGN: u64 = 16;
 
-/// Tensors, and the digests of them that were requested from a device.
+/// Tensors, and their digests that were requested from a device.
 type DeviceDigests = Vec<(Vec<usize>, Arc<dyn Digests>)>;
 
-/// What a device did at `save`.
+/// The results of a device at `save`.
 #[derive(Default)]
 pub(crate) struct OnDevice {
     /// Some tensor is left to the fence.
@@ -29,7 +29,7 @@ pub(crate) struct OnDevice {
     /// Small tensors left to the fence because the pool had no space.
     pub over_budget: usize,
     expected: DeviceDigests,
-    /// Memory of the captured tensors, kept until nothing reads it any more; that may be after the sources
+    /// Memory of the captured tensors, kept until nothing reads it any more. That may be after the sources
     /// are dropped.
     pub allocation: Option<Allocation>,
     /// Some tensor that needs a digest has none.
@@ -39,11 +39,11 @@ pub(crate) struct OnDevice {
 }
 
 impl OnDevice {
-    /// The digests at `save` of tensors that are left to the fence, by their index in the state dict, once it
-    /// is staged.
+    /// The digests at `save` of tensors that are left to the fence, by their index in the state dict.
+    /// Available once the save is staged.
     ///
     /// # Errors
-    /// `Device`: the device returned no digests, or is lost by now.
+    /// `Device` if the device returned no digests, or is lost by now.
     pub fn expected(&self) -> Result<Vec<(usize, Digest)>> {
         let mut all = Vec::new();
         for (tensors, digests) in &self.expected {
@@ -93,7 +93,7 @@ pub(crate) fn at_save(
         let allocation = Allocation::take(pool, span.0, end);
         let before = done.queued.len();
         let queued = capture(kernels, pool, state, &captured, &mut done.queued);
-        // Also after an error: queued work still writes to the allocation.
+        // Do this also after an error, because queued work still writes to the allocation.
         done.queued[before..].iter().for_each(|queued| allocation.wait_for(queued.clone()));
         queued?;
         for (index, end) in captured {
@@ -151,7 +151,7 @@ fn capture(
     Ok(())
 }
 
-/// Chooses the tensors to capture, and where each ends in the pool; requested captures come first.
+/// Chooses the tensors to capture, and where each ends in the pool. Requested captures come first.
 fn choose(
     ordinal: u32,
     capture_memory: u64,

@@ -1,4 +1,4 @@
-//! The parts of a save's chunks that each device has: found from plan and state in the call of `save`.
+//! Finds each device's parts of a save's chunks, from plan and state, in the call of `save`.
 
 use super::pieces::Part;
 use super::planned::OnOneDevice;
@@ -8,7 +8,7 @@ use crate::plan::{Plan, SegmentSource};
 use crate::state::{MemoryLocation, StateDict};
 use std::sync::Arc;
 
-/// A chunk with more parts of tensors than this is gathered on the device, and copied as one.
+/// A chunk with more parts of tensors than this is gathered on the device, and one copy transfers it.
 const GATHERED_FROM_PIECES: usize = 8;
 
 /// A device with kernels, whose index in the scratch is `place`.
@@ -21,25 +21,25 @@ pub(super) struct DeviceKernels {
 struct Parts {
     on: DeviceKernels,
     pieces: Pieces,
-    /// By chunk.
+    /// For each chunk: true if it is gathered.
     gathered: Vec<bool>,
     /// The chunks with a part.
     chunks: Vec<usize>,
     can_gather: bool,
     slotted: bool,
-    /// Where the pieces of the chunk that is looked at begin.
+    /// Where the pieces of the present chunk begin.
     begin: usize,
 }
 
-/// What the devices have of a save.
+/// The parts of all devices of a save.
 pub(super) struct PartsOfSave {
     devices: Vec<Parts>,
-    /// After the last chunk with a host tensor that is copied by the stager.
+    /// The index after the last chunk with a host tensor that the stager copies.
     pub host: usize,
 }
 
 impl PartsOfSave {
-    /// Finds the parts of `devices`. `captured`: whether a host tensor was captured at `save`.
+    /// Finds the parts of `devices`. `captured` tells whether a host tensor was captured at `save`.
     ///
     /// # Errors
     /// `Invalid`, naming the tensor, when kernels do not support its layout.
@@ -77,13 +77,13 @@ impl PartsOfSave {
         Ok(Self { devices, host })
     }
 
-    /// How many devices have parts that kernels will read.
+    /// The number of devices with parts that kernels will read.
     pub fn devices(&self) -> usize {
         self.devices.len()
     }
 
     /// Makes the devices prepare the late copy of the `number`-th save, whose first chunk is after the
-    /// watermark `base`. Without those that refuse, unless a tensor must be gathered.
+    /// watermark `base`. Devices that refuse are left out, unless a tensor must be gathered.
     ///
     /// # Errors
     /// `Busy` when a device tracks too many saves to gather tensors; `Device`.

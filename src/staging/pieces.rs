@@ -1,4 +1,4 @@
-//! Tensors in the form that device kernels take: parts, and the layout of strided tensors.
+//! Tensors in the form that device kernels expect: parts, and the layout of strided tensors.
 
 use crate::device::{Piece, Pieces, View};
 use crate::error::{Error, Result};

@@ -1,11 +1,11 @@
 //! Scratch: the device memory for captured tensors and late copies, and the fences that make late copies.
 //!
-//! Each device has its own slots. The device of the executor gets them at start, any other one in the call of
-//! `save` that first has tensors of it.
+//! Each device has its own slots. The device of the executor gets them at start. Any other device gets them
+//! in the call of `save` that first has tensors of it.
 //!
 //! **Locks.** A thread takes the turn of a save before all other locks. It holds the lock of the watched
-//! saves while it reads the states of their late copies. It takes the lock of the free slots without any lock
-//! but the turn.
+//! saves while it reads the states of their late copies. It takes the lock of the free slots while it holds
+//! no lock except the turn.
 
 use super::capture_pool::CapturePool;
 use super::kernel_set::KernelSet;
@@ -33,19 +33,19 @@ pub(crate) struct Scratch {
     /// Kernels of the executor's device.
     kernels: Arc<dyn Kernels>,
     pool: Arc<CapturePool>,
-    /// The devices that saves have had tensors of; that of the executor is the first.
+    /// The devices whose tensors saves have had. The device of the executor is the first.
     equipped: Mutex<Vec<Equipped>>,
-    /// Size of a chunk, and of the scratch of any other device than that of the executor.
+    /// Size of a chunk, and size of the scratch on each device other than the executor's.
     memory: (usize, u64),
     /// The free slots, by device.
     free: Mutex<Vec<Vec<Slot>>>,
-    /// Fences that were launched and still have slots, or kernels that may run.
+    /// Saves with launched fences that still have slots, or kernels that may run.
     watched: Mutex<Vec<(Arc<Ticket>, Arc<LateCopy>)>>,
-    /// How many saves, and chunks of them, there were so far.
+    /// The number of saves, and of their chunks, so far.
     counted: Mutex<(u64, u64)>,
 }
 
-/// A device, and its kernels unless it has none.
+/// A device, and its kernels if it has any.
 #[derive(Debug)]
 struct Equipped {
     ordinal: u32,
@@ -53,7 +53,8 @@ struct Equipped {
 }
 
 impl Scratch {
-    /// `chunk` and `scratch` are what any other device than that of `kernels` is asked for.
+    /// `chunk` and `scratch` are the sizes that are requested from each device other than the device of
+    /// `kernels`.
     pub fn new(kernels: Arc<dyn Kernels>, chunk: usize, scratch: u64) -> Self {
         let (pool, home) = (CapturePool::new(kernels.capture_memory()), kernels.clone());
         let (equipped, free, memory) = (Mutex::default(), Mutex::default(), (chunk, scratch));
@@ -63,8 +64,8 @@ impl Scratch {
         scratch
     }
 
-    /// Loads the kernels of those devices of `streams` that no save has had tensors of, and allocates their
-    /// slots. Where a device refuses, fences wait for the copies of saves with tensors of it.
+    /// For each device of `streams` whose tensors no save has had, loads its kernels and allocates its slots.
+    /// If a device refuses, fences wait for the copies of saves with tensors of this device.
     pub fn equip(&self, device: &dyn Device, streams: &[DeviceStream]) {
         let (chunk, scratch) = self.memory;
         let mut equipped = lock(&self.equipped);
@@ -99,8 +100,8 @@ impl Scratch {
         at_save(self.kernels.as_ref(), &self.pool, state, detect, done)
     }
 
-    /// Makes the late copy of a save, if it has tensors on devices with kernels. `captured`: whether a host
-    /// tensor was captured at `save`.
+    /// Makes the late copy of a save, if the save has tensors on devices with kernels. `captured` tells
+    /// whether a host tensor was captured at `save`.
     pub fn late_copy(
         &self,
         plan: &Plan,
@@ -140,9 +141,9 @@ impl Scratch {
         }))))
     }
 
-    /// Fences a save on `streams`: true when they need not wait for the rest of its copies. False at the
-    /// deadline, when the save is staged or has failed, and without slots: writers must then wait for its
-    /// copies.
+    /// Fences a save on `streams`. Returns true if `streams` need not wait for the rest of its copies.
+    /// Returns false at the deadline, if the save is staged or has failed, and without slots. Then writers
+    /// must wait for its copies.
     pub fn fence(
         &self,
         ticket: &Arc<Ticket>,
@@ -166,8 +167,8 @@ impl Scratch {
     }
 
     /// As [`Scratch::fence`], at the end of a scope whose `streams` will write or free the tensors. When it
-    /// returns true, nothing is queued from live memory any more, and `streams` come after everything that
-    /// was.
+    /// returns true, nothing is queued from live memory any more, and `streams` come after all copies that
+    /// were.
     pub fn freeze(
         &self,
         ticket: &Arc<Ticket>,
@@ -182,7 +183,7 @@ impl Scratch {
         if let Some(kernels) = late_copy.kernels() {
             return kernels.follow(streams).map(|()| true);
         }
-        // Reserve slots first: after the freeze, a chunk without a slot could not be queued any more.
+        // Reserve slots first, because after the freeze a chunk without a slot could not be queued any more.
         if self.reserve(ticket, late_copy, deadline).is_none() {
             return Ok(false);
         }
@@ -196,7 +197,7 @@ impl Scratch {
         self.launch(ticket, late_copy, streams, |_, _| behind_copies)
     }
 
-    /// Launches the kernels of a fence, with the slots that are reserved. False when the save is staged, has
+    /// Launches the kernels of a fence, with the reserved slots. Returns false if the save is staged, has
     /// failed or was taken back.
     fn launch(
         &self,
@@ -223,8 +224,8 @@ impl Scratch {
         }
     }
 
-    /// Waits until every part of a chunk is queued or has a slot; returns how many slots there are. None at
-    /// the deadline, and when the save is staged or has failed.
+    /// Waits until every part of a chunk is queued or has a slot. Returns the number of slots. None at the
+    /// deadline, and if the save is staged or has failed.
     fn reserve(&self, ticket: &Ticket, late_copy: &LateCopy, deadline: Instant) -> Option<usize> {
         let save = &late_copy.save;
         loop {
@@ -268,7 +269,7 @@ impl Scratch {
         self.give_back(late_copy.hand_over(chunk));
     }
 
-    /// Returns slots that are known to be free, also of saves that are staged or have failed.
+    /// Returns slots that are known to be free, including slots of saves that are staged or have failed.
     pub fn reap(&self) {
         let mut free = Vec::new();
         let mut watched = lock(&self.watched);
@@ -277,7 +278,7 @@ impl Scratch {
             free.extend(slots);
             last
         });
-        // Dropped with no lock held: the last owner of kernels waits for them.
+        // Dropped with no lock held, because the last owner of kernels waits for them.
         let over: Vec<_> = over.collect();
         drop(watched);
         drop(over);

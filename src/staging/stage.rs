@@ -1,4 +1,4 @@
-//! The staging of one save. The safety argument of `enqueue` says how long sources and slabs are kept.
+//! Stages one save. The safety argument of `enqueue` says how long sources and slabs are kept.
 
 use super::deferred::{DeferredRelease, KeptForRelease};
 use super::device_state::DeviceState;
@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 const WAIT_SLICE: Duration = Duration::from_millis(5);
 
 impl Stager {
-    /// Stages one save, and releases its slabs and sources however it ends.
+    /// Stages one save, and releases its slabs and sources, whatever the result.
     pub(super) fn stage(&self, mut job: Job, device_state: &mut DeviceState) {
         let mut chunks = VecDeque::new();
         let span = tracing::info_span!("stage", step = job.ticket.step);
@@ -58,8 +58,8 @@ impl Stager {
         drop(captured);
         ticket.enter(Phase::Writing);
         ticket.trace(Work::Stage, began);
-        // Kernels of a fence may still read tensors that have left the device, and gather kernels their list
-        // of pieces.
+        // Kernels of a fence may still read tensors that have left the device, and gather kernels may still
+        // read their list of pieces.
         let late_copy = late_copy.inspect(|late_copy| late_copy.end()).filter(|l| !ended || l.pending());
         if late_copy.is_none() {
             // A fence must still find a late copy that is pending: streams that follow its kernels need not
@@ -83,7 +83,8 @@ impl Stager {
             }
         }
         if failed == Some(ErrorKind::Device) || device_state.broken {
-            // Only this queue could tell when deferred copies end: `lose` drops it and leaks what they use.
+            // Only this queue could tell when deferred copies end. `lose` drops the queue and leaks the
+            // memory that these copies use.
             device_state.lose(&self.saves);
         }
         sink.end();
@@ -112,8 +113,8 @@ impl Stager {
         Ok(())
     }
 
-    /// Waits until no copy runs any more; expires due saves meanwhile. False after [`QUIESCE_TIMEOUT`], or
-    /// when the device panics.
+    /// Waits until no copy runs any more. Expires due saves meanwhile. Returns false after
+    /// [`QUIESCE_TIMEOUT`], or if the device panics.
     fn quiesce(&self, device_state: &mut DeviceState) -> bool {
         let Some(queue) = &mut device_state.queue else { return true };
         let deadline = Instant::now() + QUIESCE_TIMEOUT;
@@ -129,7 +130,7 @@ impl Stager {
         }
     }
 
-    /// Copies all chunks in order, and hands over each when its completion event is reached.
+    /// Copies all chunks in order, and hands over each chunk when its completion event is reached.
     fn copy(&self, job: &mut Job, device_state: &mut DeviceState, chunks: &mut VecDeque<InFlightChunk>) -> Result<()> {
         let stamp = Stamp::new(job.ticket.step, job.ticket.attempt());
         let (due, waker) = (self.saves.expire(Instant::now()), Waker::from(self.signal.clone()));
@@ -140,7 +141,7 @@ impl Stager {
             let mut view = copying.look()?;
             let mut action = next_action(&view);
             if matches!(action, Action::Queue { .. }) {
-                // Sources are asked only where the answer decides, because they may answer slowly.
+                // Ask sources only if the answer decides, because they may answer slowly.
                 view.ready = ready(copying.job, copying.next, &copying.waker)?;
                 action = next_action(&view);
             }
@@ -168,7 +169,7 @@ struct Copying<'a> {
     stager: &'a Stager,
     job: &'a mut Job,
     device_state: &'a mut DeviceState,
-    /// In flight, oldest first.
+    /// The chunks in flight, oldest first.
     chunks: &'a mut VecDeque<InFlightChunk>,
     stamp: Stamp,
     /// Wakes the stager when bytes of a source are ready.
@@ -178,13 +179,12 @@ struct Copying<'a> {
     next: usize,
     /// The last completion event that is known to be reached.
     reached: u64,
-    /// F of each device, as far as it was told at the last `look`.
+    /// F of each device that had told it at the last `look`.
     told: Told,
 }
 
 impl Copying<'_> {
-    /// Collects the state of the save, and expires due saves. It does not ask sources whether bytes are
-    /// ready.
+    /// Collects the state of the save, and expires due saves. Does not ask sources whether bytes are ready.
     fn look(&mut self) -> Result<View> {
         let now = Instant::now();
         if self.stager.saves.is_due(&self.due, now) {
@@ -197,7 +197,7 @@ impl Copying<'_> {
         if self.chunks.front().is_none_or(|chunk| chunk.event > self.reached) {
             self.reached = queue.reached()?;
         }
-        // Read F after the completion events: if a device tells F later, these copies were made before it.
+        // Read F after the completion events. If a device tells F later, these copies were made before F.
         let late_copy = self.job.late_copy.as_ref();
         self.told = late_copy.map(|late_copy| late_copy.told()).unwrap_or_default();
         let oldest = self.chunks.front().filter(|chunk| chunk.event <= self.reached);
@@ -221,11 +221,11 @@ impl Copying<'_> {
         })
     }
 
-    /// Queues the next chunk; the parts of devices that have told F come from slots. Does nothing if no slab
-    /// is free, or live memory was frozen meanwhile; the next `look` sees that.
+    /// Queues the next chunk. The parts of devices that have told F come from slots. Does nothing if no slab
+    /// is free, or if live memory was frozen meanwhile; the next `look` sees that.
     fn queue(&mut self, live: bool) -> Result<()> {
         let late_copy = self.job.late_copy.clone();
-        // Kept until the chunk is queued: `freeze` waits for a decided chunk.
+        // Kept until the chunk is queued, because `freeze` waits for a decided chunk.
         let decided = late_copy.as_ref().filter(|_| live).map(|late_copy| late_copy.decide());
         if matches!(decided, Some(None)) {
             return Ok(());
@@ -247,8 +247,8 @@ impl Copying<'_> {
         Ok(())
     }
 
-    /// Copies parts of the oldest chunk again, from their slots and into the same slab, which keeps the
-    /// others.
+    /// Copies parts of the oldest chunk again, from their slots into the same slab, which keeps the other
+    /// parts.
     fn copy_again(&mut self) -> Result<()> {
         let Some(in_flight) = self.chunks.pop_front() else { return Ok(()) };
         self.trace(&in_flight);
@@ -315,7 +315,7 @@ impl Copying<'_> {
         self.count(starved);
     }
 
-    /// When the stager began to wait, if it waits for a slab.
+    /// The time at which the stager began to wait, if it waits for a slab.
     fn starved(&self) -> Option<Instant> {
         let wanted = self.next < self.job.plan.chunks.len() && self.stager.arena.free() == 0;
         wanted.then(Instant::now)
@@ -336,7 +336,7 @@ impl Copying<'_> {
     }
 }
 
-/// Whether all bytes of the chunk `index` can be read.
+/// True if all bytes of the chunk `index` can be read.
 fn ready(job: &Job, index: usize, waker: &Waker) -> Result<bool> {
     let Some(chunk) = job.plan.chunks.get(index) else { return Ok(true) };
     for segment in &job.plan.segments[chunk.segments.clone()] {

@@ -47,20 +47,20 @@ pub(crate) struct Stager {
     pub arena: Arena,
     pub saves: InFlightSaves,
     pub device: Arc<dyn Device>,
-    /// Memory for late copies; unset if the device cannot make them.
+    /// Memory for late copies. Unset if the device cannot make late copies.
     pub scratch: OnceLock<Scratch>,
-    /// Makes streams wait by memory-waits at a fence; unset where they wait for events.
+    /// Makes streams wait by memory-waits at a fence. Unset if streams wait for events.
     pub waits: OnceLock<Arc<dyn Waits>>,
     late_copies: Mutex<Vec<Fenceable>>,
     jobs: Mutex<VecDeque<Job>>,
     /// Releases of saves that will not be staged, until the thread takes them over.
     deferred: Mutex<Vec<DeferredRelease>>,
-    /// How many saves may be under way at once; the others wait and can be taken back.
+    /// How many saves may be under way at once. Other saves wait and can be taken back.
     at_most: Option<usize>,
     /// Copies of a chunk are queued in one call.
     pub(super) batch: bool,
     stopped: AtomicBool,
-    /// The thread has ended, or is about to; written under the lock of `deferred`.
+    /// The thread has ended, or is about to end. Written under the lock of `deferred`.
     ended: AtomicBool,
 }
 
@@ -96,7 +96,7 @@ impl Stager {
         }
     }
 
-    /// Sets what the device offers. Called once, at start or when the device has been chosen.
+    /// Sets the abilities of the device. Called once, at start or when the device has been chosen.
     pub fn offer(&self, scratch: Option<Scratch>, waits: Option<Arc<dyn Waits>>) {
         if let Some(scratch) = scratch {
             _ = self.scratch.set(scratch);
@@ -149,7 +149,8 @@ impl Stager {
     /// Releases a save that will not be staged, and drops its sources when no device reads them any more.
     pub fn discard(&self, job: Job) {
         let Job { ticket, state, allocation, queued, late_copy, .. } = job;
-        // Keep the late copy while kernels of a fence may still run. After `withdraw` no fence launches any.
+        // Keep the late copy while kernels of a fence may still run. After `withdraw` no fence launches
+        // kernels.
         let late_copy = late_copy.filter(|late_copy| late_copy.withdraw());
         if late_copy.is_none() {
             self.forget(&ticket);
@@ -167,7 +168,7 @@ impl Stager {
         allocation: Option<Allocation>,
         queued: Vec<Arc<dyn Queued>>,
     ) {
-        // Only a deferred save has a handle already that reports the failure; otherwise the caller reports
+        // Only a deferred save already has a handle that reports the failure. Otherwise the caller reports
         // it.
         let seen = !ticket.listed.load(Ordering::Acquire);
         ticket.fail_as(why.clone(), seen);
@@ -178,7 +179,7 @@ impl Stager {
         self.defer(KeptForRelease { state, allocation, queued, late_copy: None }, ticket);
     }
 
-    /// Releases a save now, or once no kernel uses what is kept of it.
+    /// Releases a save at once, or when no kernel uses its kept objects any more.
     fn defer(&self, kept: KeptForRelease, ticket: Arc<Ticket>) {
         if kept.is_free() {
             kept.release();
@@ -230,7 +231,7 @@ impl Stager {
         self.clear(device_state);
     }
 
-    /// The next save, or `Some(None)` when no more will come; `None` while neither is known.
+    /// The next save, or `Some(None)` when no more saves will come. `None` while neither is known.
     fn next_job(&self) -> Option<Option<Job>> {
         let under_way = || self.saves.unfinished().iter().filter(|t| t.phase() > Phase::Waiting).count();
         if self.at_most.is_some_and(|most| under_way() >= most) {
@@ -246,7 +247,8 @@ impl Stager {
         }
     }
 
-    /// Releases what no device uses any more; leaks what a device still uses after [`QUIESCE_TIMEOUT`].
+    /// Releases the objects that no device uses any more. Leaks the objects that a device still uses after
+    /// [`QUIESCE_TIMEOUT`].
     fn clear(&self, mut device_state: DeviceState) {
         let patience = Instant::now() + QUIESCE_TIMEOUT;
         while !device_state.deferred.is_empty() && Instant::now() < patience {
@@ -256,7 +258,8 @@ impl Stager {
         device_state.give_up(&self.saves, |_| true);
     }
 
-    /// Releases what saves that have ended or were taken back still keep, if it is no longer in use.
+    /// Releases the objects that saves keep after they have ended or were taken back, if no device uses these
+    /// objects any more.
     pub(super) fn recover(&self, device_state: &mut DeviceState) {
         while let Some(job) = self.take_failed() {
             self.stage(job, device_state);
@@ -265,20 +268,20 @@ impl Stager {
         device_state.recover(&self.saves);
     }
 
-    /// Takes a save out of the queue that failed there, so that its sources and memory need not wait for
-    /// earlier saves.
+    /// Takes a save that failed in the queue out of the queue, so that its sources and memory need not wait
+    /// for earlier saves.
     fn take_failed(&self) -> Option<Job> {
         let mut jobs = lock(&self.jobs);
         let at = jobs.iter().position(|job| job.ticket.failed())?;
         jobs.remove(at)
     }
 
-    /// When the first of the saves that wait for another attempt may begin.
+    /// The earliest time at which a save that waits for another attempt may begin.
     fn delayed_until(&self) -> Option<Instant> {
         lock(&self.jobs).iter().filter_map(|job| job.not_before).min()
     }
 
-    /// Waits until `look` returns a value; expires due saves meanwhile.
+    /// Waits until `look` returns a value. Expires due saves meanwhile.
     pub(super) fn wait<T>(&self, device_state: &mut DeviceState, mut look: impl FnMut() -> Option<T>) -> T {
         loop {
             self.recover(device_state);

@@ -75,7 +75,7 @@ fn push_of(
     (ticket, plan, sink)
 }
 
-/// The tensor's bytes as handed over, without the header before them.
+/// The bytes of the tensor that were handed over, without the header before them.
 fn staged(plan: &Plan, sink: &Kept) -> Vec<u8> {
     let chunks = lock(&sink.chunks);
     let mut file = Vec::new();

@@ -7,11 +7,12 @@ use std::collections::BTreeMap;
 use std::hash::BuildHasher;
 
 impl<'a> StateDict<'a> {
-    /// Adds `name` as another name of the tensor `holder`, for weights that are tied: the bytes are written
-    /// once, and a [`Checkpoint`](crate::Checkpoint) restores them under both names. The alias has the dtype
-    /// and shape of its holder, boxes included. An alias of an alias is one of the same holder.
+    /// Adds `name` as another name of the tensor `holder`, for tied weights. The bytes are written once, and
+    /// a [`Checkpoint`](crate::Checkpoint) restores them under both names. The alias has the dtype, shape and
+    /// boxes of its holder. An alias of an alias becomes an alias of the same holder.
     ///
-    /// Other readers of safetensors find the holder only; `ashore convert --aliases copy` writes both.
+    /// Other readers of safetensors find only the holder. `ashore convert --aliases copy` writes both
+    /// tensors.
     ///
     /// ```
     /// use ashore::{HostTensor, StateDict};
@@ -49,8 +50,8 @@ impl<'a> StateDict<'a> {
         self.aliases.iter().map(|(name, holder)| (name.as_str(), holder.as_str()))
     }
 
-    /// Renames each tensor and value by `name`, and removes those for which it returns None. Where a tensor
-    /// is removed and an alias of it stays, the alias becomes the tensor.
+    /// Renames each tensor and value with the function `name`, and removes each one for which it returns
+    /// None. If a tensor is removed and an alias of it stays, the alias becomes the tensor.
     ///
     /// # Errors
     /// `Invalid` when two tensors or values get the same name.

@@ -15,8 +15,8 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// Checks that a box of `layout` lies within its tensor, and that it can be read and written without
-    /// its neighbours.
+    /// Checks that a box of `layout` lies within its tensor, and that the box shares no byte with its
+    /// neighbours.
     pub fn check(&self, layout: &Layout) -> Result<()> {
         let Self { global, at } = self;
         let whole = Layout { dtype: layout.dtype, shape: global.clone() };
@@ -41,7 +41,7 @@ impl Place {
     }
 }
 
-/// Returns true if rows of the box do not begin and end where bytes of the whole tensor do.
+/// Returns true if a row of the box begins or ends within a byte of the whole tensor.
 fn cuts_a_byte(whole: &Layout, place: &Place, layout: &Layout) -> bool {
     let bits = whole.dtype.bitsize();
     if bits.is_multiple_of(8) || layout.elements() == Some(0) {
@@ -63,8 +63,7 @@ fn cuts_a_byte(whole: &Layout, place: &Place, layout: &Layout) -> bool {
     }) || run % 8 != 0
 }
 
-/// The key of a tensor in a state dict: its name, and the number of the box where there are several of one
-/// name.
+/// The key of a tensor in a state dict: its name, and the number of the box if a name has several boxes.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     pub name: String,

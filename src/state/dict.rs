@@ -19,7 +19,7 @@ use std::sync::Arc;
 /// The names of aliases, and of the tensor that holds the bytes of each.
 pub(crate) type Aliases = BTreeMap<String, String>;
 
-/// When a save takes a tensor's bytes.
+/// When a save captures a tensor's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Capture {
@@ -29,9 +29,9 @@ pub enum Capture {
     AtFence,
 }
 
-/// The group of tensors that were not declared to be in one.
+/// The group of tensors for which the program declared no group.
 pub(crate) const OPEN: u32 = 0;
-/// The group of tensors that were declared frozen, or are taken for frozen because they do not change.
+/// The group of tensors that the program declared frozen, or that count as frozen because they do not change.
 pub(crate) const STILL: u32 = 1;
 
 /// One tensor of a state dict.
@@ -44,14 +44,14 @@ pub(crate) struct Tensor<'a> {
     /// None: the default for its memory location and size.
     pub capture: Option<Capture>,
     pub source: Box<dyn Source + 'a>,
-    /// What the source said when it was added. A stager with many small tensors looks here, and not at each
-    /// source in memory of its own.
+    /// The address that the source returned when it was added. With many small tensors, the stager reads it
+    /// here and does not touch each source in its own memory.
     address: Option<Address>,
     packed: bool,
-    /// The address of the packed capture on the device, which the save reads instead. The device may still
-    /// have to read the source.
+    /// The address of the packed capture on the device, which the save reads instead of the source. The
+    /// device may still have to read the source.
     pub captured_at: Option<u64>,
-    /// Tensors of different groups are in different files.
+    /// The number of the group. Tensors of different groups are in different files.
     pub group: u32,
 }
 
@@ -65,7 +65,7 @@ impl Tensor<'_> {
         }
     }
 
-    /// Whether the bytes are ready to be read, without a call of the source.
+    /// True if the bytes are ready to be read without a call of the source.
     pub fn is_ready(&self) -> bool {
         self.address.is_some()
     }
@@ -84,7 +84,7 @@ impl Tensor<'_> {
 
 /// Named tensors, values and metadata of one save.
 ///
-/// Tensors are *sources*: adding one copies nothing. Values are any serde type; they and the metadata are
+/// Tensors are *sources*: adding one copies nothing. Values may have any serde type. Values and metadata are
 /// kept exactly (see [`encode_value`](super::encode_value)). The order of insertion does not change the file.
 ///
 /// ```
@@ -136,20 +136,21 @@ impl<'a> StateDict<'a> {
     /// Adds a tensor, with the default capture for its memory location and size.
     ///
     /// # Errors
-    /// `Invalid`, naming the tensor: an empty, reserved (`__metadata__`) or duplicate name, a source whose
-    /// byte length is not that of its dtype and shape, strides that do not fit its shape, or F4 with an odd
-    /// last dimension, for which torch refuses the whole file.
+    /// `Invalid`, naming the tensor, for an empty, reserved (`__metadata__`) or duplicate name, a source
+    /// whose byte length does not match its dtype and shape, strides that do not fit its shape, or F4 with an
+    /// odd last dimension, because torch refuses the whole file then.
     pub fn tensor(&mut self, name: impl Into<String>, source: impl Source + 'a) -> Result<&mut Self> {
         self.insert(name.into(), Box::new(source), None, None)
     }
 
     /// Adds a box of a tensor that several ranks save together: `source` holds the elements from index `at`
-    /// on, in a tensor of `shape`. A tensor without a box is added by [`StateDict::tensor`]; where several
-    /// ranks add the same box, or the same whole tensor, one of them writes it.
+    /// on, in a tensor of `shape`. [`StateDict::tensor`] adds a tensor without a box. If several ranks add
+    /// the same box, or the same whole tensor, one of these ranks writes it.
     ///
-    /// A rank can add several boxes of one tensor, which then go to different files. A box may be empty, as
-    /// those of the last ranks are when a tensor is split unevenly; it is not written. The boxes of all ranks
-    /// must cover the tensor, each element once: the save checks that before it writes a byte.
+    /// A rank can add several boxes of one tensor, which then go to different files. A box may be empty, such
+    /// as the boxes of the last ranks when a tensor is split unevenly; an empty box is not written. The boxes
+    /// of all ranks must cover each element of the tensor exactly once. The save checks that before it writes
+    /// a byte.
     ///
     /// ```
     /// use ashore::{HostTensor, StateDict};
@@ -161,7 +162,7 @@ impl<'a> StateDict<'a> {
     /// ```
     ///
     /// # Errors
-    /// Those of [`StateDict::tensor`]; and `Invalid`, naming the tensor, for a box that reaches beyond
+    /// The errors of [`StateDict::tensor`]. Also `Invalid`, naming the tensor, for a box that reaches beyond
     /// `shape`, has another number of dimensions, or cuts a byte in two, and for a second box of another
     /// dtype or `shape`.
     pub fn tensor_box(
@@ -175,10 +176,10 @@ impl<'a> StateDict<'a> {
         self.insert(name.into(), Box::new(source), None, Some(place))
     }
 
-    /// Adds a tensor that is captured at the time that `capture` says.
+    /// Adds a tensor. `capture` sets when the tensor is captured.
     ///
     /// # Errors
-    /// Those of [`StateDict::tensor`]. `save` checks whether [`Capture::AtSave`] is possible.
+    /// The errors of [`StateDict::tensor`]. `save` checks whether [`Capture::AtSave`] is possible.
     pub fn tensor_captured(
         &mut self,
         name: impl Into<String>,
@@ -300,7 +301,7 @@ impl<'a> StateDict<'a> {
     /// Adds a value of any serde type, kept exactly, non-finite floats included.
     ///
     /// # Errors
-    /// `Invalid`, naming the value: an empty or duplicate name, or a value that cannot be kept exactly.
+    /// `Invalid`, naming the value, for an empty or duplicate name, or a value that cannot be kept exactly.
     pub fn value(&mut self, name: impl Into<String>, value: &(impl Serialize + ?Sized)) -> Result<&mut Self> {
         let name = name.into();
         self.not_a_value(&name, self.rank_values.contains_key(&name))?;
@@ -308,9 +309,9 @@ impl<'a> StateDict<'a> {
         Ok(self)
     }
 
-    /// Adds a value of this rank alone: the state of its random numbers, its place in the data. Where several
-    /// ranks save together, each keeps its own, while those added by [`StateDict::value`] are taken from
-    /// rank 0.
+    /// Adds a value of this rank alone, such as the state of its random number generator or its position in
+    /// the data. If several ranks save together, each rank's value is kept. Values added by
+    /// [`StateDict::value`] are taken from rank 0.
     ///
     /// ```
     /// let mut state = ashore::StateDict::new();
@@ -319,7 +320,7 @@ impl<'a> StateDict<'a> {
     /// ```
     ///
     /// # Errors
-    /// Those of [`StateDict::value`]. The two kinds of values share their names.
+    /// The errors of [`StateDict::value`]. The two kinds of values share one set of names.
     pub fn rank_value(&mut self, name: impl Into<String>, value: &(impl Serialize + ?Sized)) -> Result<&mut Self> {
         let name = name.into();
         self.not_a_value(&name, self.values.contains_key(&name))?;
@@ -343,7 +344,7 @@ impl<'a> StateDict<'a> {
         Ok(self)
     }
 
-    /// The tensors, in order: name, dtype and shape; for a box, its own shape.
+    /// The tensors in order, each with name, dtype and shape. A box has its own shape.
     pub fn layouts(&self) -> impl ExactSizeIterator<Item = (&str, &Layout)> {
         self.tensors.iter().map(|(name, tensor)| (&**name, &tensor.layout))
     }
@@ -353,7 +354,7 @@ impl<'a> StateDict<'a> {
         self.values.keys().map(String::as_str)
     }
 
-    /// Moves the content of `other` into this state dict, with `prefix` before every name.
+    /// Moves the content of `other` into this state dict, and puts `prefix` before every name.
     ///
     /// # Errors
     /// `Invalid`, with the name, when a name is taken.
@@ -389,11 +390,12 @@ impl<'a> StateDict<'a> {
         Ok(())
     }
 
-    /// Splits into two state dicts of the same sources, for a caller that may have to save them twice.
+    /// Splits this into two state dicts that share the same sources, for a caller that may have to save them
+    /// twice.
     ///
     /// # Errors
-    /// `Invalid`, naming a tensor that the program may write in between: the second save would save another
-    /// state.
+    /// `Invalid`, naming the tensor, if the program may write a tensor in between: the second save would save
+    /// another state.
     pub(crate) fn split(self) -> Result<(Self, Self)> {
         self.settled()?;
         let mut both = (Self::with_capacity(self.len()), Self::with_capacity(self.len()));
@@ -428,7 +430,7 @@ impl<'a> StateDict<'a> {
         Err(Error::invalid(format!("{what} tensor={name:?}")))
     }
 
-    /// Takes all values, as a step of one rank keeps them: the names of the two kinds differ.
+    /// Takes all values into one map, for a step of one rank. The two kinds of values have no name in common.
     pub(crate) fn take_values(&mut self) -> BTreeMap<String, serde_json::Value> {
         let mut values = std::mem::take(&mut self.values);
         values.append(&mut self.rank_values);

@@ -1,4 +1,4 @@
-//! Which tensors of a state dict share files.
+//! Groups of tensors: which tensors of a state dict share files.
 
 use super::dict::{OPEN, STILL, StateDict};
 use crate::error::{Error, Result};
@@ -13,8 +13,8 @@ impl StateDict<'_> {
     /// run. Frozen tensors get files of their own. From the second save on such a file is not written again:
     /// the new step clones the file of an older step, or links to it.
     ///
-    /// It is a prediction, not a promise: the bytes are read and digested like those of any tensor, and
-    /// written when they have changed.
+    /// The declaration is a prediction, not a promise. The bytes are read and digested like those of any
+    /// tensor, and are written if they have changed.
     ///
     /// ```
     /// use std::sync::Arc;
@@ -24,22 +24,23 @@ impl StateDict<'_> {
     /// # Ok::<(), ashore::Error>(())
     /// ```
     ///
-    /// An alias stands for the tensor that has its bytes. Several ranks share no files, and tensors in boxes
-    /// are not put together: a declaration changes nothing there.
+    /// The name of an alias declares its holder. With several ranks, and for tensors in boxes, a declaration
+    /// has no effect.
     ///
     /// # Errors
-    /// `Invalid` when there is no tensor `name`, or when it is in a group.
+    /// `Invalid` when there is no tensor `name`, or when the tensor is in a group already.
     pub fn frozen(&mut self, name: &str) -> Result<&mut Self> {
         self.put_into(name, STILL)
     }
 
-    /// Puts the tensor `name` into the files of the group `key`, with no tensor of another group. For tensors
-    /// that change together, in some saves and not in others: an expert, a language, a layer that is thawed
-    /// later. A file that has not changed since the last save is not written again, as for
+    /// Puts the tensor `name` into the files of the group `key`, which hold no tensor of another group. For
+    /// tensors that change together in some saves and not in others: an expert, a language, a layer that is
+    /// thawed later. A file that has not changed since the last save is not written again, as for
     /// [`StateDict::frozen`]. Each key makes at least one file.
     ///
     /// # Errors
-    /// `Invalid` when there is no tensor `name`, or when it was declared frozen or is in another group.
+    /// `Invalid` when there is no tensor `name`, or when the tensor was declared frozen or is in another
+    /// group.
     pub fn group(&mut self, name: &str, key: &str) -> Result<&mut Self> {
         let known = self.groups.iter().position(|known| known == key);
         let number = known.unwrap_or(self.groups.len());

@@ -5,9 +5,9 @@
 //! while the source is alive, or a raw pointer whose promises the caller of [`RawHost::new`] made.
 //!
 //! [`OwnedBytes`] keeps a slice beside the owner that lent it. `AsRef` lends the slice for as long as the
-//! owner is borrowed, and the owner is borrowed as long as the source lives: it lies in an `Arc`, which does
-//! not move its value and gives no `&mut` to it that safe code could take, and it has no borrow of its own
-//! that could end (`'static`). So the slice is one that `&'a self` could have returned for that whole time.
+//! owner is borrowed, and the owner is borrowed as long as the source lives. The owner lies in an `Arc`,
+//! which does not move its value and gives safe code no `&mut` to it. The owner holds no borrow that could
+//! end (`'static`). So `&'a self` could have returned the slice for that whole time.
 #![expect(unsafe_code, reason = "sources over memory that their owners keep; argument above")]
 
 use super::dtype::{Dtype, Element, Layout, Shape};
@@ -51,9 +51,9 @@ impl HostTensor<OwnedBytes> {
     /// A tensor over the bytes of any owner: a memory map, a `bytes::Bytes`, a buffer of another library. The
     /// bytes are in the layout of `dtype`, row-major, at any alignment.
     ///
-    /// The owner is moved to the heap and dropped with the source, on any thread. `as_ref` is called once, in
-    /// this call, and a panic in it is the caller's. [`StateDict::tensor`](crate::StateDict::tensor) checks
-    /// the length.
+    /// The owner is moved to the heap and dropped with the source, on any thread. This call calls `as_ref`
+    /// once; a panic in `as_ref` propagates to the caller. [`StateDict::tensor`](crate::StateDict::tensor)
+    /// checks the length.
     ///
     /// ```
     /// use ashore::{Dtype, HostTensor, StateDict};
@@ -166,7 +166,7 @@ owners! {
     ['a, T: Element] &'a Vec<T> => |o| o,
 }
 
-// SAFETY: the argument of the owner itself holds; only the layout differs.
+// SAFETY: the safety argument of the owner holds here, too; only the layout differs.
 unsafe impl<O: HostOwner> Source for HostTensor<O> {
     fn layout(&self) -> Layout {
         self.layout.clone()
@@ -206,7 +206,7 @@ pub struct RawHost {
     _keep_alive: Box<dyn Any + Send + Sync>,
 }
 
-// SAFETY: the pointer is only read, in `read`, under the promises made to `RawHost::new`, which hold on any
+// SAFETY: only `read` uses the pointer, and only to read. The promises made to `RawHost::new` hold on any
 // thread.
 unsafe impl Send for RawHost {}
 // SAFETY: `read` only reads, so threads may share the source.
@@ -230,8 +230,8 @@ impl RawHost {
         Self { pointer, bytes, layout, strides: None, _keep_alive: Box::new(keep_alive) }
     }
 
-    /// A tensor that is not packed: the element with all indices 0 is at `pointer`, and `strides` has the
-    /// byte distance of neighbours for each dimension; strides may be negative or 0. The tensor is saved
+    /// A tensor that is not packed. The element with all indices 0 is at `pointer`, and `strides` has the
+    /// byte distance of neighbours for each dimension. Strides may be negative or 0. The tensor is saved
     /// packed, in row-major order: its elements are copied straight to their places in the arena.
     ///
     /// ```
@@ -254,10 +254,10 @@ impl RawHost {
     /// that elements are whole bytes.
     ///
     /// # Safety
-    /// The promises of [`RawHost::new`], for the bytes of all elements: with `n` elements in a dimension of
-    /// stride `s`, they lie between `pointer` plus the sum of all `(n - 1) * s` that are negative, and
-    /// `pointer` plus the sum of all that are positive, plus one element. Bytes of that extent which are no
-    /// element's are never read: they may be written at any time, and need not be allocated.
+    /// The promises of [`RawHost::new`], for the bytes of all elements. With `n` elements in a dimension of
+    /// stride `s`, these bytes lie between `pointer` plus the sum of all negative `(n - 1) * s`, and
+    /// `pointer` plus the sum of all positive ones, plus one element. Bytes of that extent that belong to no
+    /// element are never read: they may be written at any time, and need not be allocated.
     pub unsafe fn strided(
         pointer: *const u8,
         dtype: Dtype,

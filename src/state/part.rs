@@ -1,17 +1,17 @@
-//! Parts of a state dict: what it has of each tensor, and a state dict of some of that.
+//! Parts of a state dict: lists its tensors and boxes, and makes a state dict of some of them.
 
 use super::boxes::Key;
 use super::dict::{StateDict, Tensor};
 use super::dtype::Dtype;
 use crate::error::Result;
 
-/// What a state dict says of a tensor, or of a box of one.
+/// The description of a tensor, or of a box of a tensor, in a state dict.
 pub(crate) struct BoxInfo<'s> {
     pub name: &'s str,
     pub dtype: Dtype,
     /// The shape of the whole tensor.
     pub shape: &'s [usize],
-    /// Where the box begins; None: it is the whole tensor.
+    /// Where the box begins. None: the box is the whole tensor.
     pub at: Option<&'s [usize]>,
     /// The shape of the box.
     pub extent: &'s [usize],
@@ -27,8 +27,8 @@ impl StateDict<'_> {
         })
     }
 
-    /// Keeps the tensors and boxes, and the values for all ranks, that `keep` wants: values have no begin.
-    /// An alias stays with its holder.
+    /// Keeps the tensors, boxes and values for all ranks for which `keep` returns true. For a value, `keep`
+    /// gets no begin. An alias stays with its holder.
     ///
     /// # Errors
     /// None for names that were accepted before.

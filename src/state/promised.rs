@@ -1,8 +1,8 @@
-//! A tensor that another component still stages: planned at `save`, read once it is delivered.
+//! A tensor that another component still stages. It is planned at `save`, and read once it is delivered.
 //!
 //! # Safety argument
-//! [`Promised`] forwards to the source that fulfilled it, and owns that source for the rest of its life; so
-//! that source's promises hold for it. Before that it is not ready, and passes no pointer.
+//! [`Promised`] forwards to the source that fulfilled it, and owns that source for the rest of its life. So
+//! the promises of that source hold for it. Before the delivery it is not ready, and passes no pointer.
 #![expect(unsafe_code, reason = "a source that forwards to another; argument above")]
 
 use super::dtype::Layout;
@@ -37,7 +37,7 @@ pub fn promise(layout: Layout) -> (Promise, Promised) {
 #[must_use = "a promise that is dropped fails the save"]
 pub struct Promise(Option<Arc<Inner>>);
 
-/// The source of a [promised](promise) tensor. Later saves wait for the save that waits for it.
+/// The source of a [promised](promise) tensor. Later saves wait for a save that waits for this tensor.
 #[derive(Debug)]
 pub struct Promised(Arc<Inner>);
 
@@ -70,8 +70,8 @@ impl Promise {
     /// Delivers the tensor.
     ///
     /// # Errors
-    /// `Invalid`, and the save fails with it: another dtype, shape or length than promised, elements that are
-    /// not packed, or memory that the program may write while the source exists.
+    /// `Invalid` for another dtype, shape or length than promised, for elements that are not packed, or for
+    /// memory that the program may write while the source exists. The save fails with the same error.
     pub fn fulfil(mut self, source: impl Source + 'static) -> Result<()> {
         let Some(inner) = self.0.take() else { return Ok(()) };
         let (layout, location) = (source.layout(), source.location());
@@ -129,7 +129,7 @@ unsafe impl Source for Promised {
 
     fn poll_ready(&self, bytes: Range<u64>, waker: &Waker) -> Poll<Result<()>> {
         if self.0.came.get().is_none() {
-            // Stored before the second check, so that a delivery in between finds the waker.
+            // The waker is stored before the second check, so that a delivery in between finds it.
             let waker = Some(waker.clone());
             let before = std::mem::replace(&mut *lock(&self.0.waker), waker);
             drop(before);

@@ -1,9 +1,9 @@
 //! Sources: the memory that a tensor's bytes are read from until they are staged.
 //!
 //! # Safety argument
-//! The unsafe code here is the contract of [`Source`], implementations of it, and the construction of a
-//! [`DeviceStream`], whose caller promises that the driver knows it. A [`RawDevice`] holds an address whose
-//! promises the caller of [`RawDevice::new`] made; sources in host memory are in `host.rs`.
+//! The unsafe code here is the contract of [`Source`], its implementations, and the construction of a
+//! [`DeviceStream`], whose caller promises that the driver knows the stream. The caller of [`RawDevice::new`]
+//! made the promises for the address that a [`RawDevice`] holds. Sources in host memory are in `host.rs`.
 #![expect(unsafe_code, reason = "the contract between memory owners and asynchronous copies; argument above")]
 
 use super::dtype::{Dtype, Layout};
@@ -15,9 +15,9 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
-/// A stream of the program, valid for at least `'s`. This module only passes it on.
+/// A stream of the program, valid for at least `'s`. This module only passes the stream on.
 ///
-/// The driver dereferences any number that it gets as a stream, so only unsafe code creates one:
+/// The driver dereferences any number that it gets as a stream, so only unsafe code creates a `DeviceStream`:
 /// ```compile_fail,E0133
 /// let stream = ashore::DeviceStream::new(0, 0xdead_beef);
 /// ```
@@ -80,7 +80,7 @@ pub enum MemoryLocation {
     Device {
         /// Number of bytes.
         bytes: u64,
-        /// The stream that wrote the bytes, and that will free them. It lives as long as the source.
+        /// The stream that wrote the bytes, and that will free them. The stream lives as long as the source.
         stream: DeviceStream<'static>,
     },
 }
@@ -114,12 +114,12 @@ impl MemoryLocation {
 ///
 /// # Safety
 /// The memory that the source describes stays allocated at the same address until the source is dropped.
-/// [`Source::read`] calls `copy` exactly once, with a pointer to all bytes of the tensor in row-major order,
-/// or where [`Source::strides`] says; nothing writes those bytes while `read` runs. Copies that began inside
-/// `read` may still read the memory until the source is dropped; a write in that time must not be undefined
-/// behaviour beyond the value of the bytes read. The pointer of a source with [`MemoryLocation::Device`] is
-/// an address of that device, never read on the host; a save reads the bytes as the stream has written them
-/// when the source is passed to `save`.
+/// [`Source::read`] calls `copy` exactly once, with a pointer to all bytes of the tensor, in row-major order
+/// or at the strides of [`Source::strides`]. Nothing writes those bytes while `read` runs. Copies that began
+/// inside `read` may still read the memory until the source is dropped; a write in that time must not be
+/// undefined behaviour beyond the value of the bytes read. The pointer of a source with
+/// [`MemoryLocation::Device`] is an address of that device, which the host never reads. A save reads the
+/// bytes that the stream has written when the source is passed to `save`.
 pub unsafe trait Source: Send + Sync {
     /// Dtype and shape. Must not change.
     fn layout(&self) -> Layout;
@@ -139,15 +139,15 @@ pub unsafe trait Source: Send + Sync {
     }
 
     /// An owner that keeps the stream of [`MemoryLocation::Device`] alive after the source is dropped. A
-    /// scope keeps it, because the end of the scope makes that stream wait.
+    /// scope keeps this owner, because the end of the scope makes that stream wait.
     fn stream_owner(&self) -> Option<Arc<dyn Any + Send + Sync>> {
         None
     }
 
-    /// The address that [`Source::read`] passes, where the bytes need no call before they are read: they are
-    /// ready, and copies may begin until the source is dropped, as they may inside `read`. A save then calls
-    /// neither `read` nor `poll_ready`, which spares small tensors in host memory a look at their owners.
-    /// Must not change, also not when the source itself is moved.
+    /// The address that [`Source::read`] passes, if the bytes can be read without a call. The bytes are then
+    /// ready, and copies may begin at any time until the source is dropped, as they may inside `read`. A save
+    /// then calls neither `read` nor `poll_ready`, so that it need not touch the owners of small tensors in
+    /// host memory. Must not change, not even when the source itself is moved.
     fn address(&self) -> Option<*const u8> {
         None
     }
@@ -160,7 +160,7 @@ pub unsafe trait Source: Send + Sync {
     }
 }
 
-/// What [`Source::address`] said, kept beside the source.
+/// The result of [`Source::address`], kept beside the source.
 #[derive(Clone, Copy)]
 pub(crate) struct Address(pub *const u8);
 
@@ -241,12 +241,12 @@ impl RawDevice {
     ///
     /// # Safety
     /// `address` is valid for reads of `bytes` bytes on the device of `stream`, in its primary context, until
-    /// `keep_alive` is dropped; if that frees the memory in stream order, then in the order of `stream`.
-    /// `stream` stays valid as long, and until the end of the scope in which the tensor is saved. All work
-    /// that writes the bytes was queued in `stream`, or ordered before it, when the source is passed to
-    /// `save`; nothing writes them between that save and the next `fence` or `fence_on` that returns `Ok`, or
-    /// the resolution of that save's `staged()`: after `fence_on`, only the given streams, or streams ordered
-    /// after those, write them.
+    /// `keep_alive` is dropped. If the drop frees the memory in stream order, it does so in the order of
+    /// `stream`. `stream` stays valid as long, and until the end of the scope in which the tensor is saved.
+    /// When the source is passed to `save`, all work that writes the bytes was queued in `stream`, or ordered
+    /// before it. Nothing writes the bytes between that save and the next `fence` or `fence_on` that returns
+    /// `Ok`, or the resolution of that save's `staged()`. After `fence_on`, only the given streams, or
+    /// streams ordered after them, write the bytes.
     pub unsafe fn new(
         address: u64,
         bytes: u64,
@@ -260,9 +260,9 @@ impl RawDevice {
         Self { address, bytes, layout, strides: None, stream, _keep_alive: Box::new(keep_alive) }
     }
 
-    /// A tensor that is not packed: the element with all indices 0 is at `address`, and `strides` has the
-    /// byte distance of neighbours for each dimension; strides may be negative or 0. A kernel gathers the
-    /// elements, and the tensor is saved packed, in row-major order; `save` refuses the tensor if the device
+    /// A tensor that is not packed. The element with all indices 0 is at `address`, and `strides` has the
+    /// byte distance of neighbours for each dimension. Strides may be negative or 0. A kernel gathers the
+    /// elements, and the tensor is saved packed, in row-major order. `save` refuses the tensor if the device
     /// has no kernels.
     ///
     /// # Safety

@@ -1,12 +1,12 @@
 //! Copies between packed bytes and elements that lie at strides.
 //!
 //! The dimensions of a tensor are merged into as few as possible around *runs*: bytes that are side by side
-//! in memory. A range of the packed tensor, wherever it begins and ends, is a few *blocks* that are whole in
-//! their inner dimensions. A block is copied by loops that begin with the dimension nearest in each memory.
+//! in memory. Any range of the packed tensor consists of a few *blocks* that are whole in their inner
+//! dimensions. Loops copy a block, and begin with the dimension that is nearest in each memory.
 //!
 //! # Safety argument
-//! Addresses follow from sizes and strides. The callers of [`Strided::gather`] and [`Strided::scatter`]
-//! promise memory at every element, and [`rearrange`] checks its slices; a block has no index outside its
+//! Addresses are computed from sizes and strides. The callers of [`Strided::gather`] and [`Strided::scatter`]
+//! promise memory at every element, and [`rearrange`] checks its slices. A block has no index outside its
 //! tensor.
 #![expect(unsafe_code, reason = "copies between raw memory and packed bytes; argument above")]
 
@@ -31,8 +31,8 @@ pub(crate) fn merged(shape: &[usize], strides: &[i64]) -> Dims {
     dims
 }
 
-/// Returns true if the elements of `item` bytes lie apart from one another. Dimensions that interleave count
-/// as lying on one another: a stride must step over all elements of the dimensions with shorter strides.
+/// Returns true if no two elements of `item` bytes overlap. Dimensions that interleave count as overlapping:
+/// a stride must step over all elements of the dimensions with shorter strides.
 pub(crate) fn lie_apart(item: usize, shape: &[usize], strides: &[i64]) -> bool {
     if shape.contains(&0) {
         return true;
@@ -114,8 +114,8 @@ impl Strided {
         });
     }
 
-    /// Passes the blocks of `range` to `each`, in order: at most two for each dimension, and two parts of
-    /// runs.
+    /// Passes the blocks of `range` to `each`, in order. There are at most two blocks for each dimension, and
+    /// two parts of runs.
     pub fn blocks(&self, range: Range<usize>, mut each: impl FnMut(Block)) {
         let (mut at, end) = (range.start, range.end.min(self.len));
         while at < end {
@@ -188,8 +188,8 @@ pub(crate) struct Step {
     pub to: isize,
 }
 
-/// Copies runs of `run` bytes from `from`, where the first is at `first`, to `to`, where it is at the begin.
-/// Returns false, and copies nothing, if a run is outside either.
+/// Copies runs of `run` bytes from `from` to `to`. The first run is at `first` in `from`, and at the
+/// beginning of `to`. Returns false, and copies nothing, if a run is outside either slice.
 pub(crate) fn rearrange(from: &[u8], first: usize, to: &mut [u8], run: usize, steps: SmallVec<[Step; 4]>) -> bool {
     let inside = |first: usize, len: usize, stride: &dyn Fn(&Step) -> isize| {
         let (mut low, mut high) = (first as i128, first as i128 + run as i128);

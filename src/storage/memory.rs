@@ -1,8 +1,8 @@
 //! Storage in host memory, for tests and for programs that keep checkpoints in RAM.
 //!
-//! [`Memory`] promises what the local storage promises, except to survive the process. It is stricter: it
-//! refuses faults that a disk might accept (a misaligned or repeated write, a hole, a file that was never
-//! sealed), so a program that works on it breaks no rule of [`Storage`].
+//! [`Memory`] keeps all promises of the local storage, except that its steps do not survive the process. It
+//! is stricter: it refuses faults that a disk might accept (a misaligned or repeated write, a hole, a file
+//! that was never sealed). So a program that works with it breaks no rule of [`Storage`].
 
 use super::name::{check_file, check_step};
 use super::{FileReading, FileWriting, IoMode, Reading, Remnant, State, Storage, Sweep, Swept, Writing};
@@ -45,7 +45,7 @@ struct Root {
 }
 
 impl Root {
-    /// Removes an attempt that has ended from the list that sweeps look at.
+    /// Removes an attempt that has ended from the list that sweeps read.
     fn forget(&mut self, attempt: Attempt) {
         self.attempts.retain(|(_, known, _)| *known != attempt);
     }
@@ -57,7 +57,7 @@ impl Memory {
         Self::default()
     }
 
-    /// A storage with one step, `name`, of these files.
+    /// A storage with one step, `name`, that consists of these files.
     pub(crate) fn over(name: &str, files: Arc<Files>) -> Self {
         let storage = Self::new();
         lock(&storage.0).steps.insert(name.into(), files);

@@ -1,12 +1,11 @@
 //! Storage of checkpoints: one directory (or prefix) of steps, each written once and read many times.
 //!
 //! **Protocol.** A step is made in three moves: [`Storage::begin`] makes an attempt that no reader sees, the
-//! executor writes and seals its files, [`Writing::publish`] makes it a step atomically. A step never
-//! changes.
-//! **Completion.** `Ok` from `seal`, `put`, `publish` means durable, not merely accepted.
-//! **Crash.** A step that was begun and not published is an attempt; [`Storage::sweep`] removes attempts
-//! whose owner is dead.
-//! **Cancellation.** [`Writing::abandon`] deletes an attempt; a sweep deletes those of a dead process.
+//! executor writes and seals the files of the attempt, and [`Writing::publish`] turns the attempt into a step
+//! atomically. A step never changes. **Completion.** `Ok` from `seal`, `put`, `publish` means durable, not
+//! merely accepted. **Crash.** A step that was begun and not published is an attempt; [`Storage::sweep`]
+//! removes attempts whose owner is dead. **Cancellation.** [`Writing::abandon`] deletes an attempt; a sweep
+//! deletes the attempts of a dead process.
 
 pub mod local;
 pub(crate) mod memory;
@@ -44,34 +43,34 @@ pub trait Storage: Send + Sync + Debug {
     /// false.
     fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>>;
 
-    /// Owns the root from now on: no process that owned it before changes its steps any more. An executor of
-    /// one process calls it once, before it lists anything; readers never do. The default does nothing: what
-    /// older processes have begun may still be published.
+    /// Makes this process the owner of the root: after this call, no earlier owner can change the steps of
+    /// the root. An executor of one process calls it once, before it lists anything; readers never call it.
+    /// The default does nothing: attempts that older processes have begun may still be published.
     ///
     /// # Errors
-    /// Those of the storage. A storage that cannot be written safely is `Invalid`.
+    /// Errors of the storage. `Invalid` for a storage that cannot be written safely.
     fn take_over(&self) -> Result<()> {
         Ok(())
     }
 
-    /// Opens the published step `name`. It stays readable even if it is replaced or pruned meanwhile; on an
-    /// object store a later read is `NotFound` then.
+    /// Opens the published step `name`. The step stays readable even if it is replaced or pruned meanwhile.
+    /// On an object store, a later read of such a step returns `NotFound`.
     ///
     /// # Errors
-    /// `NotFound` when there is none.
+    /// `NotFound` when there is no such step.
     fn open(&self, name: &str) -> Result<Arc<dyn Reading>>;
 
     /// Names that may be steps or [versions](crate::chain), in no order, without attempts and trash.
     fn list(&self) -> Result<Vec<String>>;
 
-    /// Makes a step that another process published durable: its files, its directory, its name.
+    /// Makes a step of another process durable: its files, its directory, its name.
     fn confirm(&self, name: &str) -> Result<()>;
 
     /// Removes a step: it disappears atomically and durably, then its bytes are freed.
     fn remove(&self, name: &str) -> Result<()>;
 
-    /// Removes a step like [`Storage::remove`], but only the step that `opened` has open: another step under
-    /// its name stays.
+    /// Removes a step like [`Storage::remove`], but only the step that `opened` has open. Another step under
+    /// the same name stays.
     ///
     /// # Errors
     /// `Conflict` when another step has the name; `NotFound` when no step has it.
@@ -79,11 +78,12 @@ pub trait Storage: Send + Sync + Debug {
         self.remove(name)
     }
 
-    /// Removes attempts and trash whose owner is dead, and no others.
+    /// Removes attempts and trash of dead owners only.
     fn sweep(&self, how: Sweep) -> Result<Swept>;
 
-    /// Touches attempts begun here and not settled, so that sweeps that judge by age see them alive. An
-    /// executor calls it every few minutes; a storage whose sweeps never judge by age does nothing.
+    /// Touches the attempts that this process has begun and not settled, so that sweeps that judge by age see
+    /// them alive. An executor calls it every few minutes. A storage whose sweeps never judge by age does
+    /// nothing.
     fn touch(&self) -> Result<()> {
         Ok(())
     }
@@ -91,10 +91,11 @@ pub trait Storage: Send + Sync + Debug {
     /// Writes the hint file `latest`: best effort, never trusted.
     fn hint(&self, name: &str) -> Result<()>;
 
-    /// Reads the marks of steps, which lie beside them; None if there are none. The default has none.
+    /// Reads the marks of steps, which lie beside the steps. None if there are no marks. The default returns
+    /// None.
     ///
     /// # Errors
-    /// When they cannot be read.
+    /// When the marks cannot be read.
     fn read_marks(&self) -> Result<Option<Vec<u8>>> {
         Ok(None)
     }
@@ -102,7 +103,7 @@ pub trait Storage: Send + Sync + Debug {
     /// Replaces the marks of steps, atomically and durably. The default refuses.
     ///
     /// # Errors
-    /// `Invalid` when the storage keeps none; an I/O error.
+    /// `Invalid` when the storage keeps no marks; an I/O error.
     fn write_marks(&self, _marks: &[u8]) -> Result<()> {
         Err(Error::invalid("this storage keeps no marks of steps"))
     }
@@ -113,14 +114,14 @@ pub trait Storage: Send + Sync + Debug {
         Box::new(())
     }
 
-    /// Tells how an executor writes, once, before it begins an attempt. A storage that keeps slabs until a
-    /// peer has acknowledged them refuses files in [`Writing::create`] for which there are too few. The
-    /// default does nothing.
+    /// Tells the storage how an executor writes, once, before the executor begins an attempt. A storage that
+    /// keeps slabs until a peer has acknowledged them uses this: [`Writing::create`] refuses a file for which
+    /// there are too few slabs. The default does nothing.
     fn equip(&self, _writers: Writers) {}
 
-    /// The storage of checkpoints in the directory `parent`, with the settings of this one: where a save with
-    /// [`SaveOptions::directory`](crate::SaveOptions::directory) goes. With `create` a missing directory is
-    /// created, and the names that lead to it are made durable. The default refuses.
+    /// Returns the storage of checkpoints in the directory `parent`, with the settings of this storage. A
+    /// save with [`SaveOptions::directory`](crate::SaveOptions::directory) writes there. With `create` a
+    /// missing directory is created, and all names of its path are made durable. The default refuses.
     ///
     /// # Errors
     /// `NotFound` when the directory does not exist and `create` is false.
@@ -129,18 +130,19 @@ pub trait Storage: Send + Sync + Debug {
         Err(Error::invalid(why).with_path(parent))
     }
 
-    /// Whether [`Writing::adopt`] may make files out of those of published steps. The default is false.
+    /// Whether [`Writing::adopt`] may make files from files of published steps. The default is false.
     fn adopts(&self) -> bool {
         false
     }
 
-    /// What it offers to several processes that write one step together; None if it offers nothing to them.
+    /// The operations for several processes that write one step together. None if the storage does not
+    /// support that.
     fn shared(&self) -> Option<Arc<dyn shared::Shared>> {
         None
     }
 
-    /// The directory of its root in the file system of this host, where the [run log] is written; None, the
-    /// default, for a storage that has none: it gets no log.
+    /// The directory of the root in the file system of this host, in which the [run log] is written. None,
+    /// the default, for a storage without such a directory, which gets no log.
     ///
     /// [run log]: crate::Settings::run_log
     fn directory(&self) -> Option<std::path::PathBuf> {
@@ -168,10 +170,10 @@ pub trait Storage: Send + Sync + Debug {
 #[non_exhaustive]
 pub struct Sweep {
     /// Age at which an attempt whose lock cannot be judged counts as dead: a day without a change. Live
-    /// owners touch their attempts every few minutes; with a shorter time, the caller guarantees that no
+    /// owners touch their attempts every few minutes. With a shorter time, the caller guarantees that no
     /// owner is alive on another host.
     pub older_than: Duration,
-    /// Report without removing.
+    /// Only report, and remove nothing.
     pub dry_run: bool,
 }
 
@@ -188,7 +190,7 @@ impl Sweep {
         self
     }
 
-    /// Makes the sweep report without removing.
+    /// Makes the sweep only report, and remove nothing.
     pub fn dry_run(mut self) -> Self {
         self.dry_run = true;
         self
@@ -217,7 +219,7 @@ pub struct Remnant {
     pub why: String,
     /// Time since its last change by the clock of the file system, if the sweep needed it and could read it.
     pub age: Option<Duration>,
-    /// The length of its files. A live attempt may still grow.
+    /// The total length of its files in bytes. A live attempt may still grow.
     pub bytes: u64,
 }
 
@@ -254,10 +256,10 @@ impl Writers {
     }
 }
 
-/// An attempt being written. Dropping it without `publish` or `abandon` leaves it to a sweep.
+/// An attempt being written. If it is dropped without `publish` or `abandon`, a sweep deletes the attempt.
 pub trait Writing: Send + Sync + Debug {
-    /// Tells when the save fails if it has not ended. Calls that wait for a peer return an error of the kind
-    /// `Deadline` then. The default does nothing.
+    /// Sets the time at which the save fails if it has not ended. Calls that wait for a peer then return an
+    /// error of the kind `Deadline`. The default does nothing.
     fn expires(&self, _at: Instant) {}
 
     /// Creates a file of `len` bytes, and allocates its space at once if the medium can.
@@ -266,13 +268,14 @@ pub trait Writing: Send + Sync + Debug {
     /// Writes a small file whole and durably.
     fn put(&self, file: &str, bytes: &[u8]) -> Result<()>;
 
-    /// Makes a file out of `source` without writing its bytes: a durable clone that begins with `head`, whose
-    /// length is a multiple of [`crate::ALIGNMENT`], in the place of as many bytes of the source, or a second
-    /// name of the source itself. `source` is a file of a step of this storage that is known to be durable.
-    /// A file system that can do neither refuses, which is no error, and leaves no such file in the attempt.
+    /// Makes a file from `source` without writing its bytes. The file is a durable clone, in which `head`
+    /// replaces the first bytes of the source; or it is a hard link to the source itself. The length of
+    /// `head` is a multiple of [`crate::ALIGNMENT`]. `source` is a file of a step of this storage that is
+    /// known to be durable. A file system that can neither clone nor link refuses, which is not an error, and
+    /// leaves no such file in the attempt.
     ///
     /// # Errors
-    /// When the file was made and is not durable: the attempt is lost, as after a failed
+    /// When the file was made and is not durable. The attempt is then lost, as after a failed
     /// [`FileWriting::seal`].
     fn adopt(&self, _file: &str, _source: &dyn FileReading, _head: &[u8]) -> Result<Adopted> {
         Ok(Adopted::Refused("this storage shares no files between steps".into()))
@@ -285,7 +288,7 @@ pub trait Writing: Send + Sync + Debug {
     /// Deletes the replaced step and the owner record, after a publish was reported. Not part of the commit.
     fn settle(&self) -> Result<()>;
 
-    /// Deletes the attempt, and nothing else.
+    /// Deletes only the attempt.
     fn abandon(&self) -> Result<()>;
 }
 
@@ -295,21 +298,22 @@ pub trait Writing: Send + Sync + Debug {
 pub enum Adopted {
     /// A clone: it has its own first bytes, and shares the blocks of the others with the source.
     Cloned,
-    /// The source itself, under a second name: its first bytes name the step that wrote it.
+    /// A hard link to the source. The first bytes of the file name the step that wrote it.
     Linked,
-    /// Not at all, for this reason.
+    /// The file was not made, for this reason.
     Refused(String),
 }
 
 /// A file of an attempt.
 pub trait FileWriting: Send + Sync + Debug {
-    /// Writes at `offset`. Offset and address are multiples of [`crate::ALIGNMENT`]; the length may be
-    /// rounded up beyond the file's end, and `seal` cuts the excess off.
+    /// Writes at `offset`. Offset and address are multiples of [`crate::ALIGNMENT`]. The length may be
+    /// rounded up beyond the file's end; `seal` cuts the excess off.
     fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()>;
 
-    /// Writes a slab at `offset`, as [`FileWriting::write_at`] does, and takes the slab: a storage that sends
-    /// bytes to a peer may send them from the slab and return before the peer has them, and `seal` waits. It
-    /// drops the slab when no thread reads it any more, also after an error. The default calls `write_at`.
+    /// Writes a slab at `offset`, as [`FileWriting::write_at`] does, and takes ownership of the slab. A
+    /// storage that sends bytes to a peer may send them from the slab and return before the peer has them;
+    /// `seal` then waits. The storage drops the slab when no thread reads it any more, also after an error.
+    /// The default calls `write_at`.
     fn write_slab(&self, offset: u64, slab: Slab) -> Result<()> {
         self.write_at(offset, slab.as_ref())
     }
@@ -331,12 +335,12 @@ pub trait FileWriting: Send + Sync + Debug {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Access {
-    /// The bytes of a read that is worth its costs, up to 32 MiB; None: whatever suits the reader.
+    /// The length of an efficient read in bytes, up to 32 MiB. None: the reader chooses.
     pub read: Option<u64>,
-    /// The number of reads that are worthwhile at once; None: as many as the reader has threads.
+    /// The number of concurrent reads that is still efficient. None: as many as the reader has threads.
     pub in_flight: Option<usize>,
-    /// A second read may return other bytes than the first, because the medium may have lost or changed some
-    /// on their way: bytes that are not what was written are read once more.
+    /// A second read may return other bytes than the first, because the medium may have lost or changed bytes
+    /// in transit. Bytes with a wrong digest are therefore read once more.
     pub again: bool,
 }
 
@@ -344,21 +348,22 @@ impl Access {
     /// The access of a disk or of memory of this machine.
     pub const LOCAL: Self = Self { read: None, in_flight: None, again: false };
 
-    /// The access of a peer that answers requests: reads of `read` bytes, so many of them `in_flight`.
+    /// The access of a peer that answers requests: reads of `read` bytes, of which `in_flight` are under way
+    /// at once.
     pub fn remote(read: u64, in_flight: usize) -> Self {
         Self { read: Some(read), in_flight: Some(in_flight), again: true }
     }
 }
 
-/// What a file system knows of a file besides its bytes.
+/// Metadata of a file in a file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Inode {
-    /// Device and number: names with the same ones are names of one file.
+    /// Device and inode number. Names with equal values are names of one file.
     pub identity: (u64, u64),
     /// The length of the file in bytes.
     pub len: u64,
-    /// The number of its names, in all directories. A clone is a file of its own, and counts for nothing
+    /// The number of names of the file, in all directories. A clone is a file of its own, and is not counted
     /// here.
     pub names: u64,
 }
@@ -369,8 +374,8 @@ pub trait Reading: Send + Sync + Debug {
     /// followed.
     fn open(&self, file: &str) -> Result<Arc<dyn FileReading>>;
 
-    /// An identity that no other step under the same name has while this one is open; None if the storage has
-    /// none.
+    /// An identity that no other step under the same name has while this step is open. None if the storage
+    /// has no identities.
     fn identity(&self) -> Option<(u64, u64)> {
         None
     }
@@ -378,8 +383,8 @@ pub trait Reading: Send + Sync + Debug {
     /// The names of all its files, in no order.
     fn list(&self) -> Result<Vec<String>>;
 
-    /// What the file system says of a file now, without opening it; None where there is none, and, the
-    /// default, for a storage whose files have one name each.
+    /// The current metadata of a file, without opening it. None if there is no such file, or if each file of
+    /// this storage has only one name (the default).
     ///
     /// # Errors
     /// `Corrupt` for a name that [`Reading::open`] refuses; an I/O error.
@@ -387,7 +392,7 @@ pub trait Reading: Send + Sync + Debug {
         Ok(None)
     }
 
-    /// How the bytes of its files are best read. Default: as those of a local disk.
+    /// How the bytes of the step's files are best read. Default: like files of a local disk.
     fn access(&self) -> Access {
         Access::LOCAL
     }
@@ -408,8 +413,8 @@ pub trait FileReading: Send + Sync + Debug {
         self.len() == 0
     }
 
-    /// Itself, for the storage that opened it, which finds its own type in it. The default is None: no other
-    /// file is made out of this one.
+    /// The file itself, so that the storage that opened it can downcast it to its own type. The default is
+    /// None: no other file is made from this one.
     fn as_any(&self) -> Option<&dyn Any> {
         None
     }
@@ -419,7 +424,7 @@ pub trait FileReading: Send + Sync + Debug {
     /// medium can.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()>;
 
-    /// Asks the system to drop what it has cached of the file, so that the next read is of the medium. Does
-    /// nothing by default, and where the system does not do it.
+    /// Asks the system to drop the cached pages of the file, so that the next read comes from the medium.
+    /// Does nothing by default, or if the system does not support it.
     fn drop_cached(&self) {}
 }

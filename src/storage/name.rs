@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 /// The hint; never a step.
 pub(super) const LATEST: &str = "latest";
 
-/// Returns true for a name that stays in its directory.
+/// Returns true for a name that cannot lead out of its directory.
 pub(super) fn is_component(name: &str) -> bool {
     !matches!(name, "" | "." | "..") && !name.contains(['/', '\\', '\0'])
 }

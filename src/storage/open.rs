@@ -11,7 +11,7 @@ use std::sync::Arc;
 /// Opens the root at `root`: a path, or a URL such as `s3://bucket/prefix`, `gs://bucket/prefix`,
 /// `az://container/prefix` or `file:///directory`. A missing directory is created.
 ///
-/// Credentials of stores are those of the environment, a web identity, a container or the machine's metadata.
+/// Credentials of stores come from the environment, a web identity, a container or the machine's metadata.
 ///
 /// ```
 /// use ashore::Catalog;
@@ -23,12 +23,13 @@ use std::sync::Arc;
 /// ```
 ///
 /// # Errors
-/// `Invalid` for a URL that cannot be used, or of a store that this build has not; errors of the file system.
+/// `Invalid` for a URL that cannot be used, or for a kind of store that this build does not include; errors
+/// of the file system.
 pub fn open(root: impl AsRef<Path>) -> Result<Arc<dyn Storage>> {
     open_with(root.as_ref(), &Settings::default())
 }
 
-/// Opens the root at `root`, as [`open`] does, to read: it creates nothing.
+/// Opens the root at `root` for reading. As [`open`], but creates nothing.
 ///
 /// # Errors
 /// `NotFound` when there is no such directory, or nothing was ever saved under the URL; else as [`open`].
@@ -39,7 +40,7 @@ pub fn at(root: impl AsRef<Path>) -> Result<Arc<dyn Storage>> {
     }
 }
 
-/// Opens the root at `root` with the settings that concern directories.
+/// Opens the root at `root` with those settings that apply to directories.
 pub(crate) fn open_with(root: &Path, settings: &Settings) -> Result<Arc<dyn Storage>> {
     match Place::of(root)? {
         Place::Directory(path) => {
@@ -50,7 +51,8 @@ pub(crate) fn open_with(root: &Path, settings: &Settings) -> Result<Arc<dyn Stor
     }
 }
 
-/// Where the root at `root` is: the same for two names of one directory or URL, as far as links tell.
+/// The identity of the root at `root`. Two names of one directory or URL have the same identity, as far as
+/// links can be resolved.
 ///
 /// # Errors
 /// `Invalid` for a URL that cannot be used.
@@ -59,7 +61,7 @@ pub(crate) fn identity(root: &Path) -> Result<PathBuf> {
         Place::Directory(path) => std::path::absolute(&path).unwrap_or(path),
         Place::Store(url) => return Ok(url.to_string().into()),
     };
-    // The directory itself may be missing still.
+    // The directory itself may not exist yet.
     let resolved = path.ancestors().find_map(|above| {
         let rest = path.strip_prefix(above).ok()?;
         above.canonicalize().ok().map(|above| above.components().chain(rest.components()).collect())

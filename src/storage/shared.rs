@@ -1,14 +1,13 @@
-//! What a storage offers to several processes that write one step together.
+//! The interface of a storage for several processes that write one step together.
 //!
 //! **Protocol.** A *session* is one set of living processes; the newest session recorded in a root owns it.
-//! Rank 0 begins an attempt, the other ranks join it, each writes its own files and makes their names
-//! durable. Rank 0 then *claims* the attempt, which takes it out of reach of vetoes; looks whether its
-//! session still is the newest; and publishes. Nothing but rank 0 makes or publishes an attempt.
-//! **Crash.** A new session records itself, buries the attempts of older ones, and only then lists steps. A
-//! process of an older session that goes on later finds that it is not the newest, or that its attempt is
-//! gone.
-//! **Cancellation.** A rank that has promised its files and does not learn the outcome *vetoes*: once its
-//! veto is durable, the attempt can never be published.
+//! Rank 0 begins an attempt, the other ranks join it, and each rank writes its own files and makes their
+//! names durable. Rank 0 then *claims* the attempt, which takes the attempt out of reach of vetoes. It checks
+//! that its session still is the newest, and publishes. Only rank 0 begins or publishes an attempt.
+//! **Crash.** A new session records itself, removes the attempts of older sessions, and only then lists
+//! steps. A process of an older session that goes on later finds that its session is not the newest, or that
+//! its attempt is gone. **Cancellation.** A rank that has promised its files and does not learn the outcome
+//! *vetoes*: once its veto is durable, the attempt can never be published.
 
 use super::Writing;
 use crate::error::Result;
@@ -56,8 +55,8 @@ pub trait Shared: Send + Sync + Debug {
     /// The newest generation, and its record if it can be read; None if there is no session.
     fn newest(&self) -> Result<Option<(u64, Option<SessionRecord>)>>;
 
-    /// Takes the root over: renames away, durably, every attempt of sessions before `generation`, so that
-    /// none of them can be published any more, and deletes their notes.
+    /// Takes the root over: durably renames away every attempt of sessions before `generation`, so that none
+    /// of these attempts can be published any more, and deletes the notes of these sessions.
     fn take_over(&self, generation: u64) -> Result<()>;
 
     /// Begins an attempt on rank 0.
@@ -69,11 +68,11 @@ pub trait Shared: Send + Sync + Debug {
     /// Opens the attempt that rank 0 began.
     ///
     /// # Errors
-    /// `NotFound` when there is none: rank 0 withdrew it, or this process sees another directory.
+    /// `NotFound` when there is no such attempt: rank 0 withdrew it, or this process sees another directory.
     fn join(&self, attempt: SharedAttempt<'_>) -> Result<Arc<dyn SharedWriting>>;
 
-    /// Writes a note of the session with this generation, whole: other ranks read all of it or nothing. It
-    /// need not survive a crash.
+    /// Writes a note of the session with this generation, atomically: other ranks read all of it or nothing.
+    /// The note need not survive a crash.
     fn put_note(&self, generation: u64, name: &str, bytes: &[u8]) -> Result<()>;
 
     /// Reads a note of at most `limit` bytes; None if there is none.
@@ -83,19 +82,19 @@ pub trait Shared: Send + Sync + Debug {
     fn delete_note(&self, generation: u64, name: &str) -> Result<()>;
 }
 
-/// An attempt that several ranks write, as one of them has it open.
+/// An attempt that several ranks write, as one of these ranks has it open.
 pub trait SharedWriting: Writing {
     /// Makes the names of the files that this process created durable.
     fn sync_names(&self) -> Result<()>;
 
-    /// On rank 0, before the publish: makes the names of its files durable, and takes the attempt out of
-    /// reach of vetoes.
+    /// On rank 0, before the publish: makes the names of this rank's files durable, and takes the attempt out
+    /// of reach of vetoes.
     ///
     /// # Errors
     /// `Cancelled` when the attempt is gone, because a rank vetoed it or another session took the root over.
     fn claim(&self) -> Result<()>;
 
-    /// Forbids the publish, durably, if it has not been claimed.
+    /// Forbids the publish, durably, if the attempt has not been claimed.
     fn veto(&self) -> Result<Vetoed>;
 }
 

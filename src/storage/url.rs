@@ -1,4 +1,4 @@
-//! Roots as URLs: which texts are URLs, and what they name.
+//! Roots as URLs: decides which texts are URLs, and parses them.
 
 use crate::error::{Error, Result};
 use std::fmt;
@@ -10,7 +10,7 @@ pub(crate) struct Url {
     pub scheme: String,
     /// The bucket, or container.
     pub bucket: String,
-    /// The path in it, without slashes at its ends.
+    /// The path in the bucket, without slashes at its ends.
     pub path: String,
 }
 
@@ -22,7 +22,7 @@ pub fn is_url(path: &Path) -> bool {
 /// The schemes of roots.
 const SCHEMES: &str = "s3, gs, az or file";
 
-/// What a root is.
+/// The kinds of roots.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     Directory(PathBuf),
@@ -40,7 +40,7 @@ impl Url {
     /// Parses a URL of any scheme.
     ///
     /// # Errors
-    /// `Invalid` for anything else.
+    /// `Invalid` for a text that is not a URL of this form.
     pub fn parse(text: &str) -> Result<Self> {
         let invalid = |why: &str| Error::invalid(why).with_path(shown(text));
         let Some((scheme, rest)) = text.split_once("://") else {
@@ -64,10 +64,10 @@ impl Url {
         Ok(Self { scheme: scheme.to_ascii_lowercase(), bucket: bucket.into(), path: path.into() })
     }
 
-    /// The URL that a path is; None for the path of a directory.
+    /// The URL, if `path` is one. None for the path of a directory.
     ///
     /// # Errors
-    /// `Invalid` for a text that is meant as a URL and is none.
+    /// `Invalid` for a text that is meant as a URL but is not a valid one.
     #[cfg(feature = "object-store")]
     pub fn of(path: &Path) -> Result<Option<Self>> {
         match Place::of(path)? {
@@ -81,7 +81,7 @@ impl Place {
     /// What `path` names.
     ///
     /// # Errors
-    /// `Invalid` for a text that is meant as a URL and is none that a root can be.
+    /// `Invalid` for a text that is meant as a URL but cannot name a root.
     pub fn of(path: &Path) -> Result<Self> {
         let Some(text) = path.to_str() else { return Ok(Self::Directory(path.into())) };
         let Some((scheme, rest)) = text.split_once(':').filter(|(scheme, _)| is_scheme(scheme)) else {
@@ -114,7 +114,7 @@ impl Place {
     }
 }
 
-/// What a path to a step names.
+/// The parts of a path to a step.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum StepPlace {
     Directory(PathBuf),
@@ -143,14 +143,14 @@ impl StepPlace {
     }
 }
 
-/// True for a word that can be a scheme, and is no drive letter.
+/// True for a word that can be a scheme and is not a drive letter.
 fn is_scheme(text: &str) -> bool {
     text.len() > 1
         && text.starts_with(|c: char| c.is_ascii_alphabetic())
         && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.'))
 }
 
-/// A text for an error, without what may be a secret in it.
+/// A text for an error, without the parts that may be secret.
 fn shown(text: &str) -> String {
     let text = text.split(['?', '#']).next().unwrap_or_default();
     match (text.split_once("://"), text.rsplit_once('@')) {

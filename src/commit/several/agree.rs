@@ -1,4 +1,4 @@
-//! The rounds before anything is written: all ranks save the same step, by plans that fit together.
+//! The rounds before anything is written. The ranks agree on the step, and on plans that fit together.
 
 use super::message::{Decision, Vote, decode, encode};
 use super::part::Structure;
@@ -20,14 +20,14 @@ const MAX_NOTE: u64 = 1 << 32;
 /// Reads the description of a rank.
 pub(crate) type Describe<'a> = &'a mut dyn FnMut(u32) -> Result<Vec<u8>>;
 
-/// Computes, from the descriptions of all ranks, the part of the plan that each rank carries out, and what
-/// rank 0 writes of the structure.
+/// Computes, from the descriptions of all ranks, the part of the plan for each rank, and the structure that
+/// rank 0 writes.
 pub(crate) type Assign<'a> = &'a mut dyn FnMut(Describe<'_>) -> Result<Assigned>;
 
-/// The part of each rank, and what rank 0 writes of the structure.
+/// The part of each rank, and the structure that rank 0 writes.
 pub(crate) type Assigned = (Vec<Vec<u8>>, Option<Arc<Structure>>);
 
-/// The descriptions that rank 0 has a plan for.
+/// The descriptions for which rank 0 has a plan.
 #[derive(Debug)]
 pub(crate) struct Structures {
     /// The digest of each rank's description.
@@ -48,8 +48,8 @@ impl Structures {
     }
 }
 
-/// The digest by which ranks compare descriptions and parts of plans. Each of these ends with its own CRC-64,
-/// which is left out: the CRC of any text with its CRC behind it is the same number.
+/// The digest by which ranks compare descriptions and parts of plans. It leaves out the CRC-64 at the end of
+/// each of them, because the CRC of any text followed by its own CRC is always the same number.
 pub(crate) fn identity(encoded: &[u8]) -> Digest {
     Digest::of(encoded.split_last_chunk::<8>().map_or(encoded, |(text, _)| text))
 }
@@ -57,15 +57,15 @@ pub(crate) fn identity(encoded: &[u8]) -> Digest {
 /// What the ranks have agreed on.
 #[derive(Debug)]
 pub(crate) enum Agreed {
-    /// Every rank writes. `part` is this rank's part of the plan, if the plan is new.
+    /// Every rank writes. `part` is the part of the plan for this rank, if the plan is new.
     Go { plan: Digest, part: Option<Vec<u8>> },
     /// The save ends without being written.
     Ended(Outcome),
-    /// The save fails on all ranks, and rank 0 has said why.
+    /// The save fails on all ranks, and rank 0 has told the reason.
     Refused(Error),
 }
 
-/// The message of [`Phase::Plan`]: a note that a rank has left.
+/// The message of [`Phase::Plan`], which announces a note of a rank.
 #[derive(Serialize, Deserialize)]
 struct Noted {
     length: u64,
@@ -73,12 +73,12 @@ struct Noted {
 }
 
 impl Group {
-    /// Agrees on rank 0. `ended` is the outcome if its overlap policy ends the save; `begin` makes the
-    /// attempt, before any rank is told to write.
+    /// The agreement on rank 0. `ended` is the outcome, if the overlap policy of rank 0 ends the save.
+    /// `begin` makes the attempt, before any rank is told to write.
     ///
     /// # Errors
-    /// Why the save fails on all ranks: an error of one of them; `Invalid` if they disagree; `Deadline` or
-    /// `Unavailable`, with the ranks that are missing.
+    /// Why the save fails on all ranks: an error of one rank; `Invalid` if the ranks disagree; `Deadline` or
+    /// `Unavailable`, with the missing ranks.
     #[expect(clippy::too_many_arguments, reason = "each is a part of one decision")]
     pub fn decide(
         &self,
@@ -166,16 +166,16 @@ impl Group {
                 return differ("`overwrite`", vote.overwrite.to_string(), theirs.overwrite.to_string());
             }
         }
-        // A rank that did not get its part of the known plan, because the save for which it was made failed,
-        // needs another one.
+        // A rank did not get its part of the known plan if the save for which the plan was made failed. Then
+        // the ranks need a new plan.
         let same = known.digests.len() == votes.len()
             && votes.values().all(|vote| !vote.fresh)
             && votes.values().map(|v| v.structure).eq(known.digests.iter().copied());
         Ok(if same { Decision::Go { plan: known.plan } } else { Decision::Plan })
     }
 
-    /// Makes a plan from the descriptions that the ranks leave as notes; returns its digest and the part of
-    /// rank 0.
+    /// Makes a plan from the descriptions that the ranks leave as notes. Returns the digest of the plan and
+    /// the part of rank 0.
     fn plan(
         &self,
         save: u64,
@@ -220,7 +220,7 @@ impl Group {
             self.shared.put_note(self.session.generation, &part_of(rank), part)?;
             plan = plan.then(identity(part), part.len() as u64);
         }
-        // Two plans with the same bytes in other parts differ.
+        // Two plans differ if the same bytes are divided into different parts.
         let lengths: Vec<u8> = parts.iter().flat_map(|part| (part.len() as u64).to_le_bytes()).collect();
         plan = plan.then(Digest::of(&lengths), lengths.len() as u64);
         *known = Structures { digests: noted.values().map(|note| note.digest).collect(), plan, structure };
@@ -236,10 +236,10 @@ impl Group {
         Err(Error::corrupt(why).with_ranks([rank]))
     }
 
-    /// Agrees on a rank that is not rank 0. `description` describes its state.
+    /// The agreement on a rank other than rank 0. `description` describes its state.
     ///
     /// # Errors
-    /// `Deadline` or `Unavailable` when nothing is heard of rank 0, which may go on without this rank.
+    /// `Deadline` or `Unavailable` when rank 0 does not answer. Rank 0 may go on without this rank.
     pub fn follow(&self, save: u64, vote: &Vote, description: &[u8], deadline: Instant) -> Result<Agreed> {
         let mut none = |_: u32, _: &[u8]| ControlFlow::Continue(());
         self.coordinator.gather(self.round(save, Phase::Agree), &encode(vote)?, &mut none, deadline)?;
@@ -271,7 +271,7 @@ impl Group {
         decode(&self.coordinator.tell(self.round(save, phase), None, deadline + HEAR_GRACE)?, 0)
     }
 
-    /// Checks that a gather that ended well had all ranks.
+    /// Checks that a successful gather had messages of all ranks.
     pub(super) fn complete(&self, heard: usize) -> Result<()> {
         if heard == self.member.world as usize {
             return Ok(());
@@ -306,7 +306,7 @@ mod tests {
     use crate::state::StateDict;
 
     /// Regression: the digest of a whole description, with its own CRC at the end, was the same for all
-    /// descriptions, so ranks went on with a plan that was not theirs.
+    /// descriptions, so ranks used a plan of another structure.
     #[test]
     fn other_descriptions_and_shares_have_other_identities() {
         let encoded = |bytes: usize| {

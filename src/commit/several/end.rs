@@ -10,10 +10,10 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-/// The note with the outcome of the last save, for ranks whose round broke.
+/// The note with the outcome of the last save, for ranks whose round failed.
 const OUTCOME: &str = "outcome";
 
-/// How long after its deadline the outcome of a save is still told.
+/// How long after the deadline of a save rank 0 still tells its outcome.
 const TELL_GRACE: Duration = Duration::from_secs(5);
 
 /// Maximum length of the note with an outcome.
@@ -24,19 +24,19 @@ pub(crate) trait Part {
     /// Whether the save replaces a step.
     fn overwrite(&self) -> bool;
 
-    /// Makes durable what this rank has written, with its names, and returns the receipt.
+    /// Makes the files of this rank and their names durable, and returns the receipt.
     fn seal(&mut self) -> Result<Receipt>;
 
-    /// On rank 0: checks that the parts make a step, and writes what describes it.
+    /// On rank 0: checks that the parts make up a step, and writes the tables and the manifest.
     fn assemble(&mut self, receipts: &BTreeMap<u32, Receipt>) -> Result<()>;
 
-    /// On the other ranks, before the receipt: from here on this rank cannot fail the save.
+    /// On the other ranks, before the receipt. After this call, this rank cannot fail the save.
     ///
     /// # Errors
     /// Why it has failed before.
     fn promise(&self) -> Result<()>;
 
-    /// On rank 0, before the claim: from here on nothing on this rank can fail the save.
+    /// On rank 0, before the claim. After this call, nothing on this rank can fail the save.
     ///
     /// # Errors
     /// Why it has failed before.
@@ -44,8 +44,8 @@ pub(crate) trait Part {
 }
 
 impl Group {
-    /// Takes part in the last rounds of a save that this rank cannot write, so that it fails on all ranks at
-    /// once. Returns the failure of another rank, if rank 0 tells one or is itself the one.
+    /// Takes part in the last rounds of a save that this rank cannot write, so that the save fails on all
+    /// ranks at once. Returns the failure of another rank, if rank 0 tells one or fails itself.
     pub fn withdraw(&self, save: u64, why: &Error, deadline: Instant) -> Option<Error> {
         let deadline = deadline + TELL_GRACE;
         let mut none = |_: u32, _: &[u8]| ControlFlow::Continue(());
@@ -56,7 +56,7 @@ impl Group {
         match sent {
             Ok(Verdict::Failed(first)) if !first.names(self.member.rank) => return Some(first.into_error()),
             Ok(_) => {}
-            // Another rank has vetoed the attempt, because rank 0 is lost, before this one could open it.
+            // Rank 0 is lost, and another rank has vetoed the attempt before this rank could open it.
             Err(lost) if why.kind() == ErrorKind::NotFound && lost.ranks() == [0] => return Some(lost),
             Err(error) => {
                 tracing::warn!(error = format_args!("{error:#}"), "the other ranks may not know that this one failed");
@@ -84,10 +84,11 @@ impl Group {
         None
     }
 
-    /// Ends a save on this rank. `failed` is why this rank has failed already.
+    /// Ends a save on this rank. `failed` is the reason, if this rank has failed already.
     ///
     /// # Errors
-    /// `Indeterminate` when the step may or may not be durable; with any other kind it never will be.
+    /// `Indeterminate` when the step may or may not be durable. With any other kind, the step never will be
+    /// durable.
     pub fn end(
         &self,
         save: u64,
@@ -102,7 +103,7 @@ impl Group {
     }
 }
 
-/// One save as this rank ends it.
+/// The last rounds of one save on this rank.
 struct Rounds<'a> {
     group: &'a Group,
     save: u64,
@@ -122,8 +123,8 @@ impl Rounds<'_> {
         published
     }
 
-    /// Tells the outcome, and leaves it as a note if it is known. A rank that neither reaches decides by a
-    /// veto.
+    /// Tells the outcome, and leaves it as a note if it is known. A rank that gets neither the message nor
+    /// the note decides by a veto.
     fn tell(&self, verdict: &Verdict) {
         let noted = match verdict {
             Verdict::Unknown(_) => Ok(()),
@@ -177,7 +178,7 @@ impl Rounds<'_> {
         Ok(receipts)
     }
 
-    /// Publishes what all ranks have written.
+    /// Publishes the attempt that all ranks have written.
     fn publish(&self, part: &mut dyn Part, receipts: &BTreeMap<u32, Receipt>) -> Result<()> {
         part.assemble(receipts)?;
         part.begin_publish()?;
@@ -193,7 +194,7 @@ impl Rounds<'_> {
 
     /// On another rank: sends the receipt, and learns the outcome.
     fn report(&self, part: &mut dyn Part, sealed: Result<Receipt>) -> Result<()> {
-        // From here on only rank 0 decides, or a veto.
+        // From here on only rank 0 or a veto decides the outcome.
         let sealed = sealed.and_then(|receipt| part.promise().map(|()| receipt));
         let report =
             sealed.as_ref().map_or_else(|error| Report::Failed(self.group.wire(error)), |r| Report::Written(r.clone()));
@@ -208,13 +209,13 @@ impl Rounds<'_> {
         match (sealed, heard) {
             (Ok(_), Ok(verdict)) => verdict.into_result(),
             (Ok(_), Err(lost)) => self.decide(lost),
-            // Rank 0 has deleted the attempt because of another rank, and that is why this one failed.
+            // This rank failed because rank 0 had deleted the attempt after the failure of another rank.
             (Err(_), Ok(Verdict::Failed(first))) if !first.names(self.group.member.rank) => Err(first.into_error()),
             (Err(own), _) => Err(own),
         }
     }
 
-    /// Learns or decides the outcome on the storage, because it was not told.
+    /// Reads the outcome from the storage, or decides it there by a veto, because rank 0 did not tell it.
     ///
     /// # Errors
     /// `lost` if the veto came in time; otherwise `Indeterminate`.
@@ -243,7 +244,7 @@ impl Rounds<'_> {
     }
 }
 
-/// Refuses a receipt that is not of this save.
+/// Refuses a receipt of another save.
 fn check(theirs: &Receipt, own: &Receipt, rank: u32) -> Result<()> {
     let of = |receipt: &Receipt| (receipt.step, receipt.attempt, receipt.plan);
     if of(theirs) == of(own) || mutant::on(Mutant::ReceiptCheck) {

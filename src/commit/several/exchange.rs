@@ -1,9 +1,8 @@
-//! Exchanges that an adapter adds to the rounds of saves: every rank hands something to rank 0, which hands
-//! something back to each.
+//! Exchanges that an adapter adds to the rounds of saves. Every rank hands bytes to rank 0, which hands bytes
+//! back to each rank.
 //!
-//! What is handed over lies in notes on the storage, of any length; messages carry lengths, digests and
-//! errors.
-//! **Failure.** An error of any rank, or of rank 0's own work, is the error of all ranks.
+//! The bytes lie in notes on the storage and may have any length. Messages carry lengths, digests and errors.
+//! **Failure.** An error of any rank, or of the work on rank 0, is the error of all ranks.
 
 use super::message::{Vote, decode, encode};
 use super::session::{Group, HEAR_GRACE};
@@ -20,22 +19,22 @@ use std::time::Instant;
 /// Maximum length of a note.
 const MAX_NOTE: u64 = 1 << 32;
 
-/// What rank 0 hands back.
+/// The answers of rank 0.
 pub(crate) enum Reply {
-    /// One for each rank.
+    /// One answer for each rank.
     Each(Vec<Vec<u8>>),
-    /// The same for all ranks.
+    /// The same answer for all ranks.
     Same(Vec<u8>),
 }
 
-/// A note that was left.
+/// The length and digest of a note that a rank has left.
 #[derive(Clone, Copy, PartialEq, Serialize, Deserialize)]
 struct Left {
     length: u64,
     digest: Digest,
 }
 
-/// What a rank tells rank 0.
+/// The message of a rank to rank 0.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Handed {
@@ -43,23 +42,23 @@ enum Handed {
     Failed(WireError),
 }
 
-/// What rank 0 tells. Its failure reads like that of a [`Decision`](super::message::Decision).
+/// The message of rank 0. A failure is encoded like the failure of a [`Decision`](super::message::Decision).
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Answered {
-    /// The answers are in a note for each rank, which says itself what it is.
+    /// The answers are in a note for each rank. Each note identifies itself.
     Each,
     Same(Left),
     Failed(WireError),
 }
 
 impl Group {
-    /// Hands `part` to rank 0, where `reduce` gets the parts of all ranks, and returns what that has for this
-    /// rank.
+    /// Hands `part` to rank 0, where `reduce` gets the parts of all ranks, and returns the answer of `reduce`
+    /// for this rank.
     ///
     /// # Errors
-    /// The error of the lowest rank that failed, with all that did; the error of `reduce`, with rank 0;
-    /// `Deadline` or `Unavailable`, with the ranks that are missing.
+    /// The error of the lowest rank that failed, with all ranks that failed; the error of `reduce`, with rank
+    /// 0; `Deadline` or `Unavailable`, with the missing ranks.
     pub fn exchange(
         &self,
         save: u64,
@@ -70,8 +69,8 @@ impl Group {
     ) -> Result<Vec<u8>> {
         let round = self.round(save, phase);
         let rank = self.member.rank;
-        // What the program or the storage does in between may hang: nothing is sent once the other ranks have
-        // given up, because the messages of a later save may be under way.
+        // The program or the storage may hang in between. After the other ranks have given up nothing is
+        // sent, because messages of a later save may be under way.
         let last = deadline.max(Instant::now());
         if rank == 0 {
             let collected = self.collect(save, phase, part, deadline);
@@ -111,7 +110,8 @@ impl Group {
         Err(Error::new(ErrorKind::Deadline, why).with_ranks([self.member.rank]))
     }
 
-    /// Collects the parts of all ranks on rank 0. It waits for all of them, to name every rank that failed.
+    /// Collects the parts of all ranks on rank 0. It waits for all ranks, so that it can name every rank that
+    /// failed.
     fn collect(&self, save: u64, phase: Phase, part: Result<Vec<u8>>, deadline: Instant) -> Result<Vec<Vec<u8>>> {
         let (mut left, mut failed) = (BTreeMap::new(), BTreeMap::new());
         let mut each = |rank: u32, bytes: &[u8]| {
@@ -134,7 +134,7 @@ impl Group {
         part.ok().map(Ok).into_iter().chain(theirs).collect()
     }
 
-    /// Leaves the answers of rank 0 as notes; `mine` gets its own.
+    /// Leaves the answers of rank 0 as notes. `mine` gets the answer for rank 0 itself.
     fn answer(&self, save: u64, phase: Phase, reply: Reply, mine: &mut Vec<u8>) -> Result<Answered> {
         match reply {
             Reply::Same(bytes) => {
@@ -160,8 +160,8 @@ impl Group {
         }
     }
 
-    /// The begin of a note that says itself what it is. The ranks take every note before the next exchange,
-    /// so the session and the number of the save tell it from all others of its name.
+    /// The first bytes of a note, which identify it. The ranks take every note before the next exchange, so
+    /// session and save number distinguish it from all other notes of the same name.
     fn key(&self, save: u64) -> [u8; 24] {
         let mut key = [0; 24];
         key[..16].copy_from_slice(self.session.id.as_bytes());
@@ -199,7 +199,8 @@ impl Group {
     }
 }
 
-/// Reads what a rank tells rank 0. A rank whose call was refused tells that as it would of a save.
+/// Reads the message of a rank to rank 0. A rank whose call was refused sends the same message as for a
+/// refused save.
 fn handed(bytes: &[u8], rank: u32) -> Result<Left> {
     match decode::<Handed>(bytes, rank) {
         Ok(Handed::Left(left)) => Ok(left),
@@ -215,7 +216,7 @@ fn handed(bytes: &[u8], rank: u32) -> Result<Left> {
     }
 }
 
-/// The error of the lowest rank, with all ranks that failed.
+/// The error of the lowest rank that failed, with all ranks that failed.
 fn all_of(failed: BTreeMap<u32, Error>) -> Option<Error> {
     if failed.len() < 2 {
         return failed.into_values().next();

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 /// What a rank wants to save: the message of [`Phase::Agree`](crate::ranks::Phase::Agree).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Vote {
-    /// The rank has no part of a plan for its structure: it waits for one.
+    /// The rank has no part of a plan for its structure, and waits for one.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub fresh: bool,
     pub step: u64,
@@ -21,16 +21,16 @@ pub(crate) struct Vote {
     pub overwrite: bool,
     /// The digest of the rank's description of its state.
     pub structure: Digest,
-    /// Why the rank cannot save.
+    /// The reason, if the rank cannot save.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<WireError>,
 }
 
-/// What rank 0 decides about a save.
+/// The decision of rank 0 about a save.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Decision {
-    /// The attempt has begun; every rank writes by the plan with this digest.
+    /// The attempt has begun. Every rank writes according to the plan with this digest.
     Go { plan: Digest },
     /// The ranks exchange descriptions first.
     Plan,
@@ -47,9 +47,9 @@ pub(crate) enum Decision {
 pub(crate) struct Receipt {
     pub step: u64,
     pub attempt: Attempt,
-    /// The digest of the plan that it wrote by.
+    /// The digest of the plan that the rank followed.
     pub plan: Digest,
-    /// Bytes of its files.
+    /// The length of its files in bytes.
     pub bytes: u64,
     /// The length of its note with the rows of its files.
     pub rows: u64,
@@ -65,13 +65,13 @@ pub(crate) enum Report {
     Failed(WireError),
 }
 
-/// How a save ended, as rank 0 tells it.
+/// The outcome of a save, as rank 0 tells it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Verdict {
     /// The step is durable.
     Durable,
-    /// The save failed; the attempt will never be published.
+    /// The save failed, and the attempt will never be published.
     Failed(WireError),
     /// It is unknown whether the step is durable.
     Unknown(WireError),
@@ -91,7 +91,7 @@ impl Verdict {
 /// Encodes a message.
 ///
 /// # Errors
-/// `Invalid` when it is too long: a step's name is.
+/// `Invalid` when the message is too long, because the name of the step is too long.
 pub(crate) fn encode(message: &impl Serialize) -> Result<Vec<u8>> {
     let bytes = serde_json::to_vec(message).map_err(|e| Error::internal("cannot write a message").with_source(e))?;
     if bytes.len() <= MAX_MESSAGE {
@@ -112,8 +112,8 @@ pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8], rank: u32) -> Result<T> 
     })
 }
 
-/// Reads bytes as each kind of message, and panics when one that is accepted is read as another one after it
-/// was written again.
+/// Reads bytes as each kind of message. Panics if an accepted message changes when it is written and read
+/// again.
 pub(crate) fn read_any(bytes: &[u8]) {
     fn read<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(bytes: &[u8]) {
         let Ok(message) = decode::<T>(bytes, 0) else { return };

@@ -1,5 +1,4 @@
-//! What a rank of an executor contributes to a save: its files, the rows that describe them, and on rank 0
-//! the manifest.
+//! The contribution of a rank to a save: its files, the rows that describe them, and on rank 0 the manifest.
 
 use super::end::Part;
 use super::message::Receipt;
@@ -24,7 +23,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Maximum length of what a rank says of its files.
+/// Maximum length of a rank's note about its files.
 const MAX_NOTE: u64 = 1 << 30;
 
 /// A save that the ranks have agreed on.
@@ -32,15 +31,15 @@ const MAX_NOTE: u64 = 1 << 30;
 pub(crate) struct Attempted {
     /// Its number in the session.
     pub save: u64,
-    /// The error is why this rank cannot write it.
+    /// The attempt, or the reason why this rank cannot write it.
     pub attempt: Result<Arc<dyn SharedWriting>>,
-    /// The digest of the plan that all ranks write by.
+    /// The digest of the plan that all ranks follow.
     pub plan: Digest,
-    /// On rank 0: what it writes of the structure.
+    /// On rank 0: the structure that it writes.
     pub structure: Option<Arc<Structure>>,
 }
 
-/// What rank 0 writes of a structure, the same for all saves of it.
+/// The data that rank 0 writes for a structure. It is the same for all saves of the structure.
 #[derive(Debug)]
 pub(crate) struct Structure {
     /// The bytes of the table of the structure.
@@ -48,8 +47,8 @@ pub(crate) struct Structure {
     entry: TableEntry,
     /// The names of the shards of all ranks, in the order of their numbers.
     files: Vec<String>,
-    /// Names the tensors of replicas that differ. Dropped with the first save that compares none, because its
-    /// boxes need more memory than all the rest.
+    /// Used to name the tensors of replicas that differ. Dropped with the first save that compares no
+    /// replicas, because its boxes need more memory than all other fields.
     whole: Mutex<Option<Whole>>,
 }
 
@@ -96,19 +95,19 @@ impl Structure {
     }
 }
 
-/// What a rank tells rank 0 of its part.
+/// The note of a rank for rank 0 about its part.
 #[derive(Serialize, Deserialize)]
 struct Note {
     files: Vec<FileNote>,
-    /// The digests of what other ranks hold, too, by the number of the replica.
+    /// The digests of boxes that other ranks hold, too, by the number of the replica.
     replicas: Vec<(u32, Digest)>,
 }
 
-/// What the note of a rank says of one of its files.
+/// The description of one file in the note of a rank.
 #[derive(Serialize, Deserialize)]
 struct FileNote {
     entry: FileEntry,
-    /// Length and digest of the table of its rows; None if it is not a shard.
+    /// Length and digest of the table of its rows. None if the file is not a shard.
     rows: Option<(u64, Digest)>,
 }
 
@@ -119,7 +118,7 @@ pub(crate) fn conclude(group: &Group, attempted: &Attempted, ending: Ending<'_>)
     let attempt = match &attempted.attempt {
         Ok(attempt) => attempt.clone(),
         Err(error) => {
-            // Where rank 0 has deleted the attempt because of another rank, this one cannot open it.
+            // This rank cannot open the attempt if rank 0 has deleted it because of another rank.
             let first = group.refuse(attempted.save, error, ticket.deadline);
             let why = first.or_else(|| ticket.failure()).unwrap_or_else(|| error.clone());
             return concluded(ticket, None, Err(why));
@@ -131,7 +130,7 @@ pub(crate) fn conclude(group: &Group, attempted: &Attempted, ending: Ending<'_>)
     concluded(ticket, Some(attempt), ended.and_then(|()| Ok(committed(request, &receipts?, path))))
 }
 
-/// What this rank has written.
+/// The data that this rank has written.
 struct Mine<'a> {
     group: &'a Group,
     attempt: &'a dyn SharedWriting,
@@ -142,7 +141,7 @@ struct Mine<'a> {
 }
 
 impl Mine<'_> {
-    /// Writes the table of rows of each shard, and returns what rank 0 needs to know.
+    /// Writes the table of rows of each shard, and returns the note for rank 0.
     fn write_rows(&self, receipts: &Receipts) -> Result<Note> {
         let (plan, values) = (&self.request.plan, &self.request.rank_values);
         let Summary { tensors, blocks, shards, on_devices } = summarize(self.request, receipts)?;
@@ -180,7 +179,8 @@ impl Mine<'_> {
         Ok(Note { files: notes, replicas })
     }
 
-    /// Writes the values of a rank that writes no shard, beside whose table they would lie.
+    /// Writes the values of a rank that writes no shard. Otherwise the values are in the table beside a
+    /// shard.
     fn write_values(&self) -> Result<FileNote> {
         let values = serde_json::to_vec(&self.request.rank_values);
         let bytes = values.map_err(|e| Error::internal("cannot write the values of a rank").with_source(e))?;
@@ -190,7 +190,7 @@ impl Mine<'_> {
         Ok(FileNote { entry, rows: None })
     }
 
-    /// Reads the note of a rank, which its receipt has the digest of.
+    /// Reads the note of a rank, and checks it against the digest in the rank's receipt.
     fn read(&self, rank: u32, receipt: &Receipt) -> Result<Note> {
         let note = self.group.shared.note(self.group.session.generation, &files_of(rank), MAX_NOTE)?;
         let note = note.filter(|note| Digest::of(note) == receipt.digest);
@@ -228,7 +228,7 @@ impl Part for Mine<'_> {
         let ticket = &self.request.ticket;
         let origin = (ticket.step, ticket.attempt());
         let mut files = Vec::with_capacity(structure.files.len());
-        // Files of values come last: tensors name the shards by their numbers.
+        // Files of values come last, because tensors refer to shards by number.
         let (mut others, mut comparison) = (Vec::new(), Comparison::default());
         let mut names = structure.files.iter();
         for (rank, receipt) in receipts {
@@ -272,7 +272,8 @@ impl Part for Mine<'_> {
     }
 }
 
-/// The digests that this rank took of what other ranks hold, too; none in a save that does not compare them.
+/// The digests that this rank took of boxes that other ranks hold, too. Empty in a save that does not compare
+/// them.
 fn replicas(
     request: &Request,
     tensors: &[(Digest, Range<usize>)],

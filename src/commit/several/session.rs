@@ -8,14 +8,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
-/// How long after its deadline a rank listens to rank 0, whose deadline passes at about the same time, and
-/// which then tells who is missing.
+/// How long after its deadline a rank still listens to rank 0. The deadline of rank 0 passes at about the
+/// same time, and rank 0 then tells which ranks are missing.
 pub(super) const HEAR_GRACE: Duration = Duration::from_secs(1);
 
-/// Keeps what older sessions have noted, for the session of this generation.
+/// Copies the notes of older sessions for the session of this generation.
 pub(crate) type Carry<'a> = &'a dyn Fn(u64);
 
-/// The ranks of a session, as one of them takes part.
+/// The ranks of a session, from the point of view of one of these ranks.
 #[derive(Debug)]
 pub(crate) struct Group {
     pub(super) coordinator: Arc<dyn Coordinator>,
@@ -25,12 +25,11 @@ pub(crate) struct Group {
 }
 
 impl Group {
-    /// Waits until all ranks have come, and takes the root over from older sessions. Rank 0 lists steps only
-    /// after that. `carry` is called on rank 0 with the generation, before the notes of older sessions are
-    /// deleted.
+    /// Waits for all ranks, and takes the root over from older sessions. Rank 0 lists steps only after that.
+    /// `carry` is called on rank 0 with the generation, before the notes of older sessions are deleted.
     ///
     /// # Errors
-    /// Those of [`Coordinator::meet`]. `Invalid` if the ranks are not of one run, or if this rank sees
+    /// The errors of [`Coordinator::meet`]. `Invalid` if the ranks are not of one run, or if this rank sees
     /// another root than rank 0; `Conflict` if a newer session has taken the root.
     pub fn meet(
         coordinator: Arc<dyn Coordinator>,
@@ -49,7 +48,7 @@ impl Group {
         Self::meet_as(&hello, coordinator, shared, carry, deadline)
     }
 
-    /// The same for a process that says itself who it is.
+    /// As `meet`, for a process that passes its own hello.
     pub(super) fn meet_as(
         hello: &Hello,
         coordinator: Arc<dyn Coordinator>,
@@ -82,7 +81,7 @@ impl Group {
         }
     }
 
-    /// Looks whether this session still owns the root.
+    /// Checks that this session still owns the root.
     ///
     /// # Errors
     /// `Conflict` if a newer session has taken it over.
@@ -107,7 +106,7 @@ impl Group {
         SharedAttempt { name, attempt: self.attempt(save), generation: self.session.generation }
     }
 
-    /// The attempt of a save of this session: every rank knows it without a message.
+    /// The attempt of a save of this session. Every rank computes it without a message.
     pub fn attempt(&self, save: u64) -> Attempt {
         let id = self.session.id.as_u128().wrapping_add(u128::from(save));
         Attempt::from_uuid(uuid::Builder::from_custom_bytes(id.to_be_bytes()).into_uuid())

@@ -1,11 +1,11 @@
 //! The rounds of several ranks under a seeded simulation: production code over simulated messages, names and
 //! time.
 //!
-//! One rank runs at a time: at every message and every operation on the storage the seed decides which one
+//! One rank runs at a time. At every message and every operation on the storage, the seed decides which rank
 //! goes on, whether it dies there, and when a message arrives. Time is virtual, and each rank has a clock of
-//! its own. In half of the seeds messages go by the production coordinator over a simulated board, in the
-//! other half by one that is worse. A run is reproduced by its seed:
-//! `ASHORE_SIMULATION_SEED=7 cargo test several::simulation`; `just simulate` runs many.
+//! its own. In half of the seeds the production coordinator carries the messages over a simulated board. In
+//! the other half a worse coordinator does. A run is reproduced by its seed: `ASHORE_SIMULATION_SEED=7 cargo
+//! test several::simulation`; `just simulate` runs many.
 
 mod jobs;
 mod medium;
@@ -30,7 +30,7 @@ fn quietly(seed: u64, plan: &Plan) -> Seen {
     run(seed, plan, &mut |_, _| ())
 }
 
-/// Runs seeds with plans by `plan`, `at_once` of them at a time, and prints how saves ended.
+/// Runs seeds with the plans that `plan` makes, `at_once` seeds at a time, and prints how saves ended.
 fn simulate(count: u64, at_once: usize, plan: impl Fn(u64) -> Plan + Sync) -> BTreeMap<String, u64> {
     let (next, outcomes) = (AtomicU64::new(0), Mutex::new(BTreeMap::<String, u64>::new()));
     let seeds = number("ASHORE_SIMULATION_SEED").map_or(0..count, |seed| seed..seed + 1);
@@ -52,8 +52,9 @@ fn simulate(count: u64, at_once: usize, plan: impl Fn(u64) -> Plan + Sync) -> BT
     outcomes
 }
 
-/// 0 torn, 0 acknowledged lost, 0 failures that became durable, 0 waits past the deadline: each panics with
-/// its seed. And every outcome is seen, so that the seeds say something.
+/// 0 torn, 0 acknowledged lost, 0 failures that became durable, 0 waits past the deadline. Each of these
+/// would panic with its seed. The test also checks that every outcome occurs, so that the seeds are
+/// meaningful.
 #[test]
 fn ranks_that_die_and_messages_that_are_lost_tear_nothing() {
     let outcomes = simulate(number("ASHORE_SIMULATION_SEEDS").unwrap_or(2_000), 2, Plan::any);
@@ -73,7 +74,7 @@ fn calm_ranks_end_durable() {
     }
 }
 
-/// Two runs of a seed do the same in the same order.
+/// Two runs of a seed do the same operations in the same order.
 #[test]
 fn a_seed_is_reproduced_by_its_number() {
     for seed in 0..50 {
@@ -82,8 +83,8 @@ fn a_seed_is_reproduced_by_its_number() {
     }
 }
 
-/// Regression: rank 0 read what 1,000 ranks had put on a slow board, one after another, for seconds beyond
-/// its deadline: when they met, or in a save.
+/// Regression: when ranks met, or in a save, rank 0 read the messages of 1,000 ranks from a slow board, one
+/// after another, for seconds beyond its deadline.
 #[test]
 fn a_slow_board_keeps_no_rank_beyond_its_deadline() {
     for (patience, outcome) in [(100_000, "unmet"), (600_000, "deadline")] {

@@ -1,9 +1,10 @@
-//! Ranks meet over a board.
+//! The meeting of ranks over a board.
 //!
 //! Rank 0 puts a *call* with an identity of its own. Every rank answers with a *greeting* that names that
-//! call, so that what an earlier job left under the same token is no answer. When all have answered, rank 0
-//! opens the session and puts the *verdict*, with the greetings that are in the session. A rank is in no
-//! session whose verdict does not list the greeting that it made for this meeting.
+//! call, so that messages of an earlier job with the same token are not taken for answers. When all ranks
+//! have answered, rank 0 opens the session and puts the *verdict*, with the greetings that are in the
+//! session. A rank is in a session only if the verdict lists the greeting that the rank made for this
+//! meeting.
 //!
 //! ```text
 //! meeting-<token>/call                    rank 0: "answer this"
@@ -21,7 +22,8 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
-/// So often a rank that waits puts its own message again: another job's clean-up may have removed it.
+/// Number of turns after which a waiting rank puts its own message again, because the clean-up of another job
+/// may have removed it.
 const TURNS_BETWEEN_REPEATS: u32 = 64;
 
 /// Longer than a wait of any board.
@@ -88,10 +90,10 @@ impl<B: Board> Table<'_, B> {
         (session, Met { session: session.id, key, others, me: self.me.clone(), _held: held })
     }
 
-    /// Rank 0: calls, waits for all, opens, and tells how it ended.
+    /// On rank 0: calls, waits for all ranks, opens the session, and puts the verdict.
     fn host(&self, open: &mut dyn FnMut(&[Hello]) -> Result<Session>) -> Result<(Session, Met<B::Held>)> {
         let board = &self.on.board;
-        // A rank that answered the last call may not have read its verdict yet.
+        // A rank that answered the last call may not have read the verdict of that call yet.
         let last = self.called()?.map(|(call, _)| verdict_name(call));
         for name in board.list(&self.folder, self.deadline)? {
             if last.as_ref() != Some(&name) && board.now() < self.deadline {
@@ -108,7 +110,7 @@ impl<B: Board> Table<'_, B> {
             Ok((session, greetings)) => Verdict::Opened(*session, greetings.values().map(|g| g.meeting).collect()),
             Err(error) => Verdict::Refused(WireError::from(error)),
         };
-        // The others learn a refusal even when it comes at the deadline.
+        // The other ranks learn a refusal even if it comes at the deadline.
         let until = self.deadline.max(board.now() + PATIENCE);
         let bytes = verdict.pack(About::Verdict(call))?;
         let put = board.put(&self.key(&verdict_name(call)), &bytes, until);
@@ -137,7 +139,7 @@ impl<B: Board> Table<'_, B> {
                     self.seat(&mut there, other)?;
                 }
             }
-            // A process that has ended since is started again, or missing.
+            // A process that has ended since then is started again, or is missing.
             if there.len() == world as usize {
                 let late = || board.now() >= self.deadline;
                 there.retain(|rank, greeting| *rank == 0 || late() || self.life(greeting) != Life::Dead);
@@ -154,14 +156,14 @@ impl<B: Board> Table<'_, B> {
         Err(Error::internal("a wait without an end"))
     }
 
-    /// Puts the call, unless it is there. Rank 0 removed what was there before it called, so another call is
-    /// that of a second rank 0.
+    /// Puts the call, unless it exists. Rank 0 removed earlier messages before it called, so another call is
+    /// from a second rank 0.
     fn keep_calling(&self, call: Uuid) -> Result<()> {
         let key = self.key("call");
         match self.called()? {
             Some((found, _)) if found == call => Ok(()),
             Some((found, other)) if self.life(&other) != Life::Dead => {
-                // It learns of this one by an answer to its call.
+                // An answer to its call tells the second rank 0 about this one.
                 let answer = self.me.pack(About::Greeting(found))?;
                 self.on.board.put(&self.key_of(&self.me), &answer, self.deadline)?;
                 Err(self.twice(&other))
@@ -185,7 +187,7 @@ impl<B: Board> Table<'_, B> {
         Ok(parsed.filter(|(_, found)| (found.hello.member.rank, found.meeting) == (rank, meeting)))
     }
 
-    /// Gives a rank its seat, or refuses two processes for one.
+    /// Gives a rank its seat, or refuses if two processes claim the same rank.
     fn seat(&self, there: &mut Greetings, other: Greeting) -> Result<()> {
         let (ours, theirs) = (&self.me.hello, &other.hello);
         same_job(ours, theirs)?;
@@ -204,15 +206,15 @@ impl<B: Board> Table<'_, B> {
         twice(&self.me.hello, &other.hello)
     }
 
-    /// The others: answer the call, and wait for the verdict.
+    /// On the other ranks: answers the call, and waits for the verdict.
     fn join(&self) -> Result<(Session, Met<B::Held>)> {
         let board = &self.on.board;
         let rank = self.me.hello.member.rank;
         let mut answered: Option<(Uuid, B::Held)> = None;
-        // A call that had ended before this rank came, and why.
+        // A call that had ended before this rank arrived, and the reason.
         let mut over = None;
         let mut reason = None;
-        // Who was there shortly before the deadline, at which others give up and leave.
+        // The ranks that were present shortly before the deadline, when others give up and leave.
         let mut there = None;
         for turn in 0.. {
             if let Some((call, caller)) = self.called()?
@@ -244,15 +246,15 @@ impl<B: Board> Table<'_, B> {
                     (None, _) => answered = Some((call, self.announce(call)?)),
                 }
             }
-            // Before the call that this rank has answered, rank 0 removed what earlier meetings had left.
-            // Only names in a message depend on it.
+            // Rank 0 removed the messages of earlier meetings before the call that this rank has answered.
+            // Only the ranks named in an error message depend on that.
             if there.is_none() && answered.is_some() && board.now() + LONGEST_WAIT >= self.deadline {
                 there = Some(self.there(self.deadline).unwrap_or_default());
             }
             if board.now() >= self.deadline {
                 return Err(self.nothing_came(answered.is_some(), reason, there.unwrap_or_default()));
             }
-            // A server tells of the verdict at once, and of another call when the wait ends.
+            // A server reports the verdict at once, and another call only when the wait ends.
             let awaited = answered.as_ref().map_or_else(|| "call".to_owned(), |(call, _)| verdict_name(*call));
             board.wait(&self.key(&awaited), turn, self.deadline);
         }
@@ -266,9 +268,9 @@ impl<B: Board> Table<'_, B> {
         Ok(parsed.and_then(|(about, verdict)| (about == About::Verdict(call)).then_some(verdict)))
     }
 
-    /// Refuses when a session without this rank has a living process in its seat, or a living rank 0 of
-    /// another number of ranks. What an earlier job left is no reason, nor is an earlier session of this
-    /// process: rank 0 may be about to call again.
+    /// Refuses if a session without this rank has a living process in this rank's seat, or a living rank 0
+    /// with another number of ranks. Messages of an earlier job are no reason to refuse. An earlier session
+    /// of this process is no reason either, because rank 0 may be about to call again.
     fn refuse_if_taken(&self, verdict: &Verdict, caller: &Greeting) -> Result<()> {
         let Verdict::Opened(_, meetings) = verdict else { return Ok(()) };
         let ours = &self.me.hello;
@@ -312,7 +314,7 @@ impl<B: Board> Table<'_, B> {
         }
         there.extend(self.there(self.on.board.now() + PATIENCE).unwrap_or_default());
         let missing: Vec<u32> = (1..self.me.hello.member.world).filter(|rank| !there.contains(rank)).collect();
-        // With all of them there, it is rank 0 that the others wait for.
+        // If all ranks are present, the others wait for rank 0.
         self.on.late(text, if missing.is_empty() { vec![0] } else { missing })
     }
 }

@@ -11,7 +11,7 @@ pub mod fixtures {
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::time::{Duration, Instant};
 
-    /// F, if the kernels tell it, and whether they have run.
+    /// F, if the kernels tell it, and true if the kernels have run.
     #[derive(Default)]
     pub struct Told {
         pub first: Option<usize>,
@@ -48,7 +48,7 @@ pub mod fixtures {
         }
     }
 
-    /// A save of three chunks; each device has a part of the chunks that are listed with it.
+    /// A save of three chunks. Each device has a part of the chunks that are listed with it.
     pub fn late_copy(devices: Vec<(Box<dyn DeviceLateCopy>, Vec<usize>)>) -> LateCopy {
         let on = |(at, (device, chunks))| OnOneDevice {
             place: at,
@@ -196,7 +196,7 @@ mod cases {
         let told = Arc::new(Told { first: Some(2), ..Told::default() });
         let late_copy = on_one(told.clone());
         run(&["reserve", "launch", "set_kernels"], &late_copy, &told);
-        // Chunks 1 and 2 have slots 7 and 5; before F is told, none of them is free.
+        // Chunks 1 and 2 have slots 7 and 5. Before F is told, no slot is free.
         assert_eq!((late_copy.hand_over(0), late_copy.reap(false)), (vec![], (vec![], false)));
         told.over.store(true, Ordering::Relaxed);
         assert_eq!(late_copy.reap(false), (vec![slot(7)], false));
@@ -242,7 +242,7 @@ mod cases {
         assert_eq!(late_copy.told()[..], [None, None]);
         assert_eq!(origins(&late_copy.told()), [[Live, Nothing], [Live, Live], [Nothing, Live]]);
         first.over.store(true, Ordering::Relaxed);
-        // The other device may still be read from live memory, and its slots are kept.
+        // Live memory of the other device may still be read, and its slots are kept.
         assert_eq!((late_copy.told()[..].to_vec(), late_copy.pending()), (vec![Some(1), None], true));
         assert_eq!(origins(&late_copy.told()), [[Slot, Nothing], [Slot, Live], [Nothing, Live]]);
         assert!(late_copy.decide().is_some());
@@ -281,7 +281,7 @@ mod cases {
         );
     }
 
-    /// A device that refuses once another one's kernels are queued.
+    /// A device that refuses once the kernels of another device are queued.
     struct Refusing;
 
     impl DeviceLateCopy for Refusing {

@@ -58,12 +58,12 @@ fn visit_big<'de, V: Visitor<'de>>(digits: &str, visitor: V) -> Result<V::Value>
 }
 
 impl<'de> Decoder<'de> {
-    /// The tag of an object that is one.
+    /// The tag, if this object is a tag.
     fn tag(self) -> Result<Option<Tag<'de>>> {
         self.0.as_object().and_then(Tag::of).transpose()
     }
 
-    /// Goes into a NumPy scalar, which decodes as its value.
+    /// Returns the value inside a NumPy scalar, because the scalar decodes as its value.
     fn plain(self) -> Result<Self> {
         Ok(match self.tag()? {
             Some(Tag::Numpy(value)) => Self(value),
@@ -91,7 +91,8 @@ impl<'de> Deserializer<'de> for Decoder<'de> {
                 Some(Tag::F32(value)) => visitor.visit_f32(value),
                 Some(Tag::F64(value)) => visitor.visit_f64(value),
                 Some(Tag::Big(digits)) => visit_big(digits, visitor),
-                // As numbers, because types that take anything, such as `serde_json::Value`, take no bytes.
+                // Decoded as numbers, because types that accept anything, such as `serde_json::Value`, accept
+                // no bytes.
                 Some(Tag::Bytes(bytes)) => visitor.visit_seq(SeqDeserializer::new(bytes.into_iter())),
                 Some(Tag::Complex(items) | Tag::List(items)) => visit_list(items, visitor),
                 Some(Tag::Pairs(pairs)) => visit_pairs(pairs, visitor),
@@ -137,7 +138,7 @@ impl<'de> Deserializer<'de> for Decoder<'de> {
         if let Some(Tag::Bytes(bytes)) = plain.tag()? {
             return visitor.visit_byte_buf(bytes);
         }
-        // Bytes of older steps, and those of a list of integers.
+        // Accepts bytes of older steps, and lists of integers.
         let byte = |item: &Value| item.as_u64().and_then(|n| u8::try_from(n).ok());
         match plain.0.as_array().and_then(|items| items.iter().map(byte).collect::<Option<Vec<u8>>>()) {
             Some(bytes) => visitor.visit_byte_buf(bytes),

@@ -1,17 +1,17 @@
-//! A value with the kinds that Python has, for bindings and for programs that read what Python wrote.
+//! A value with the kinds of Python, for bindings and for programs that read what a Python program wrote.
 
 use super::{BIG, COMPLEX, COUNTER, FROZENSET, MAP, NUMPY, ORDERED, SET, TUPLE, VALUE, names};
 use serde::de::{Deserialize, Deserializer, EnumAccess, Error, MapAccess, SeqAccess, VariantAccess, Visitor};
 use serde::ser::{Serialize, Serializer};
 use std::fmt;
 
-/// A value of a state dict with its kind: what Python tells apart, and JSON and most Rust types do not.
+/// A value of a state dict with its kind. Python distinguishes these kinds; JSON and most Rust types do not.
 ///
-/// It is a serde type like others: [`StateDict::value`](crate::StateDict::value) takes it, and
+/// It is a serde type like any other: [`StateDict::value`](crate::StateDict::value) takes it, and
 /// [`Checkpoint::value`](crate::Checkpoint::value) returns it for a value of any type. A program that does
 /// not care about kinds reads ordinary types: a tuple or set as a sequence, bytes as bytes or a sequence of
 /// `u8`, a complex number as a pair, a NumPy scalar as its number, pairs as a map, an integer beyond 64 bits
-/// as an `i128` or `u128`. With other serde formats than ours the kinds are lost, the values are not.
+/// as an `i128` or `u128`. Other serde formats than ours keep the values and lose the kinds.
 ///
 /// # Example
 /// ```
@@ -57,11 +57,11 @@ pub enum Value {
     List(Vec<Value>),
     /// A tuple.
     Tuple(Vec<Value>),
-    /// A set. The order of its items is kept, and duplicates are not looked for.
+    /// A set. The order of its items is kept, and duplicates are not detected.
     Set(Vec<Value>),
     /// A frozen set.
     FrozenSet(Vec<Value>),
-    /// A dict. Where all keys are text, integers of 64 bits or bools, their order is not kept.
+    /// A dict. If all keys are text, integers of 64 bits or bools, their order is not kept.
     Dict(Vec<(Value, Value)>),
     /// An `OrderedDict`: its order is kept.
     Ordered(Vec<(Value, Value)>),
@@ -146,7 +146,7 @@ impl<'de> Visitor<'de> for Kind {
         Ok(Value::None)
     }
 
-    /// Formats other than ours.
+    /// Only serde formats other than ours call this.
     fn visit_newtype_struct<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
         deserializer.deserialize_any(self)
     }

@@ -1,7 +1,7 @@
-//! Encodes values of any serde type as JSON, exactly, and those kinds of Python that JSON does not have.
+//! Encodes values of any serde type as JSON, exactly, including the Python kinds that JSON does not have.
 //!
-//! What JSON lacks is written with a tag that begins with `$`. A user's key that begins with `$` gets one
-//! more `$`, so it is never mistaken for a tag:
+//! A kind that JSON lacks is written with a tag that begins with `$`. A user's key that begins with `$` gets
+//! one more `$`, so it is never mistaken for a tag:
 //!
 //! | in Rust | in JSON |
 //! |---|---|
@@ -80,7 +80,7 @@ const BOOL: &str = "$bool:";
 /// takes two.
 const MAX_DEPTH: usize = 125;
 
-/// Encodes a value as JSON from which `decode` makes the same value: floats bit for bit, keys of their own
+/// Encodes a value as JSON. `decode` returns the same value from it: floats bit for bit, keys with their own
 /// type.
 ///
 /// # Errors
@@ -94,7 +94,7 @@ pub fn encode(value: &(impl Serialize + ?Sized)) -> Result<Value> {
 /// Encodes a value that has a name.
 ///
 /// # Errors
-/// As [`encode`], with `what` it is, and its name.
+/// As [`encode`]. The error names the value, and `what` it is.
 pub(crate) fn encode_named(what: &str, name: &str, value: &(impl Serialize + ?Sized)) -> Result<Value> {
     encode(value).map_err(|e| Error::invalid(format!("cannot be kept exactly {what}={name:?}")).with_source(e))
 }

@@ -1,10 +1,10 @@
-//! What an object with a single tagged key encodes: kinds that JSON does not have.
+//! Tags: objects with a single tagged key, which encode kinds that JSON does not have.
 
 use super::{BIG, BYTES, COMPLEX, COUNTER, F32, F64, FROZENSET, MAP, NUMPY, ORDERED, SET, TUPLE};
 use serde::de::Error as _;
 use serde_json::{Error, Map, Value};
 
-/// A tag and its content, checked as far as it does not nest.
+/// A tag and its content, checked except for nested content.
 pub(super) enum Tag<'de> {
     F32(f32),
     F64(f64),
@@ -82,7 +82,8 @@ fn pairs(content: &Value) -> Option<&[Value]> {
     content.as_array().filter(|items| items.iter().all(pair)).map(Vec::as_slice)
 }
 
-/// The value of a NumPy scalar: a number, a bool, a complex number, text or bytes, and no scalar again.
+/// The value of a NumPy scalar: a number, a bool, a complex number, text or bytes, but not another NumPy
+/// scalar.
 fn numpy(content: &Value) -> Option<&Value> {
     match content.as_array()?.as_slice() {
         [Value::String(_), value] => Some(value).filter(|value| match value {

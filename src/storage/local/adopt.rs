@@ -1,10 +1,9 @@
-//! Files of an attempt that are made out of files of published steps: clones, else links.
+//! Makes files of an attempt from files of published steps: as clones, or else as links.
 //!
 //! **Order.** A clone is a new file, and an fsync of its own makes its bytes and its length durable. A link
-//! is another name of a file that is durable already: the attempt's directory is fsynced before the rename,
-//! and with it the new name.
-//! **Refusals.** What a file system does not do, or not now, is no error: the caller writes the file. A
-//! refusal leaves no file behind.
+//! is another name of a file that is durable already. The fsync of the attempt's directory, before the
+//! rename, makes the new name durable. **Refusals.** If a file system does not support the operation, or
+//! refuses it at present, that is not an error: the caller writes the file. A refusal leaves no file behind.
 
 use super::dir::Dir;
 use super::reading::LocalFileReading;
@@ -17,13 +16,13 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Makes `file` in `dir` out of `source`: see [`Writing::adopt`](crate::storage::Writing::adopt).
+/// Makes `file` in `dir` from `source`: see [`Writing::adopt`](crate::storage::Writing::adopt).
 pub(super) fn adopt(dir: &Dir, file: &str, source: &LocalFileReading, head: &[u8]) -> Result<Adopted> {
     if head.len() as u64 > source.len() || !head.len().is_multiple_of(ALIGNMENT) {
         let why = format!("a head does not fit its file head_bytes={} file_len={}", head.len(), source.len());
         return Err(Error::invalid(why).with_path(dir.path().join(file)));
     }
-    // The other system could give the number of the descriptor to another file.
+    // In the other system, the number of this descriptor could belong to another file.
     if !Arc::ptr_eq(dir.fd().sys(), source.fd().sys()) {
         return Ok(Adopted::Refused("another storage has opened the source".into()));
     }
@@ -32,7 +31,8 @@ pub(super) fn adopt(dir: &Dir, file: &str, source: &LocalFileReading, head: &[u8
     Ok(Adopted::Refused(format!("cannot clone: {no_clone}; cannot link: {no_link}")))
 }
 
-/// A new file that shares the blocks of `source` but for those of its `head`. The inner error is a refusal.
+/// Creates a file that shares the blocks of `source`, except the blocks of its `head`. The inner error is a
+/// refusal.
 fn clone(dir: &Dir, file: &str, source: &LocalFileReading, head: &[u8]) -> Result<io::Result<()>> {
     let (fd, bypass) = match direct::create(dir, file, false) {
         Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
@@ -53,7 +53,7 @@ fn clone(dir: &Dir, file: &str, source: &LocalFileReading, head: &[u8]) -> Resul
     Ok(Ok(()))
 }
 
-/// Another name of `source` itself. The inner error is a refusal.
+/// Creates a hard link to `source`. The inner error is a refusal.
 fn link(dir: &Dir, file: &str, source: &LocalFileReading) -> Result<io::Result<()>> {
     if let Err(changed) = check_length(source.fd(), source) {
         return Ok(Err(changed));
@@ -69,14 +69,15 @@ fn link(dir: &Dir, file: &str, source: &LocalFileReading) -> Result<io::Result<(
         Some(stat) if stat.identity == identity => {}
         Some(_) => return Err(dir.conflict("the attempt has another file of this name", file)),
     }
-    // A program that opens one name to write would change every step that has the file.
+    // Without this, a program that opens one of the names for writing would change every step that shares the
+    // file.
     if let Err(error) = sys.protect(source.fd().raw()) {
         tracing::debug!(path = %dir.path().join(file).display(), error = format_args!("{error:#}"), "a linked file stays writable");
     }
     Ok(Ok(()))
 }
 
-/// Refuses a source that has changed since it was opened, and a clone of it.
+/// Refuses a source, or a clone of it, whose length has changed since the source was opened.
 fn check_length(fd: &Fd, source: &LocalFileReading) -> io::Result<()> {
     let len = uninterrupted(|| fd.sys().stat(fd.raw()))?.len;
     if len == source.len() {

@@ -1,4 +1,4 @@
-//! An attempt: a hidden directory that one rename makes the step.
+//! An attempt: a hidden directory. One rename makes it the step.
 
 use super::dir::Dir;
 use super::direct::Bypass;
@@ -17,7 +17,7 @@ use crate::storage::{Adopted, FileReading, FileWriting, Writing, name};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Minimum size of whole files that are written like shards, with direct I/O: the manifest of many tensors
+/// Minimum size of whole files that are written like shards, with direct I/O. The manifest of many tensors
 /// has several MiB.
 const WORTHWHILE: usize = 128 << 10;
 
@@ -78,7 +78,7 @@ impl AttemptFiles {
         Ok(adopted)
     }
 
-    /// Counts a file that is made whole by `make`.
+    /// Counts a file that `make` writes whole.
     pub(super) fn count(&self, make: impl FnOnce() -> Result<()>) -> Result<()> {
         self.progress.begin_file();
         make().inspect_err(|_| self.progress.lose())?;
@@ -93,7 +93,7 @@ impl AttemptFiles {
         durable::file(&fd).map_err(self.dir.error("cannot make file durable", file))
     }
 
-    /// Refuses to go on unless every file of this process is sealed; it may have none.
+    /// Refuses to go on unless every file of this process is sealed. The process may have no file.
     pub(super) fn check_sealed(&self) -> Result<()> {
         let fault = self.progress.fault();
         fault.map_or(Ok(()), |why| Err(Error::invalid(why).with_path(self.dir.path())))
@@ -120,15 +120,15 @@ fn is_empty(root: &Dir, name: &str) -> Result<bool> {
 /// An attempt in a directory of its own.
 #[derive(Debug)]
 pub(super) struct LocalAttempt {
-    /// Its own descriptor of the root: a failed fsync spoils this attempt and no other.
+    /// Its own descriptor of the root, so that a failed fsync spoils only this attempt.
     root: Dir,
     pub(super) files: AttemptFiles,
     step: String,
     attempt: Attempt,
     phase: Mutex<Phase>,
-    /// Rank 0 has claimed it: it has another hidden name.
+    /// Rank 0 has claimed the attempt, which then has another hidden name.
     claimed: AtomicBool,
-    /// Another process may take it over, and go on with it, although this one lives.
+    /// Another process may take the attempt over and go on with it, although this process lives.
     resumable: bool,
     owners: Arc<Owners>,
 }
@@ -154,7 +154,7 @@ impl LocalAttempt {
         let temp = names::temp(step, attempt);
         let made = root.mkdir(&temp).map_err(root.error("cannot create the attempt", &temp));
         let files = made.and_then(|()| AttemptFiles::open(&root, &temp, direct)).inspect_err(|_| {
-            // Best effort: a sweep does it otherwise. The record is deleted last.
+            // Best effort: otherwise a sweep deletes the attempt. The record is deleted last.
             if root.unlink(&temp, Kind::Dir).is_ok() && durable::deleted(&root).is_ok() {
                 let _ = owner.erase(&root);
             }
@@ -177,12 +177,12 @@ impl LocalAttempt {
         Ok(Self { root, files, step, attempt, phase, claimed, resumable: true, owners })
     }
 
-    /// The attempt, which checks from now on that no other process has taken it over.
+    /// Returns the attempt, which from then on checks that no other process has taken it over.
     pub(super) fn resumable(self) -> Self {
         Self { resumable: true, ..self }
     }
 
-    /// Refuses to go on where another process has taken the attempt over, or where the attempt is over.
+    /// Refuses to go on if another process has taken the attempt over, or if the attempt has ended.
     pub(super) fn check_owned(&self) -> Result<()> {
         self.owned(&self.phase(), "")
     }
@@ -195,12 +195,12 @@ impl LocalAttempt {
         }
     }
 
-    /// Whether files are opened with O_DIRECT where possible.
+    /// True if files are opened with O_DIRECT when possible.
     pub(super) fn direct(&self) -> bool {
         self.files.direct
     }
 
-    /// Its hidden name; after an overwrite, that of the replaced step.
+    /// The hidden name of the attempt. After an overwrite, the replaced step has this name.
     fn hidden(&self) -> String {
         let name = if self.claimed.load(Ordering::Acquire) { names::claimed } else { names::temp };
         name(&self.step, self.attempt)
@@ -216,7 +216,7 @@ impl LocalAttempt {
 
     /// Publishes: fsyncs, rename, fsync of the root, without bookkeeping. `over`: the only step to replace.
     fn rename_and_sync(&self, overwrite: bool, over: Option<(u64, u64)>) -> Result<()> {
-        // A claim has made the names durable.
+        // A claim has already made the names durable.
         let claimed = self.claimed.load(Ordering::Acquire);
         let files = || if claimed { Ok(()) } else { self.files.sync_names() };
         let (hidden, identity) = (self.hidden(), self.files.identity);
@@ -237,7 +237,7 @@ impl LocalAttempt {
         })
     }
 
-    /// Publishes; with `over`, only in the place of the step that has this identity.
+    /// Publishes. With `over`, it replaces only the step that has this identity.
     pub(super) fn publish_over(&self, overwrite: bool, over: Option<(u64, u64)>) -> Result<()> {
         let mut phase = self.phase();
         if !matches!(*phase, Phase::Open(_)) {

@@ -7,7 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// An open directory and its path. The path is for messages, the descriptor for everything else.
+/// An open directory and its path. Only messages use the path; everything else uses the descriptor.
 #[derive(Debug)]
 pub(super) struct Dir {
     fd: Fd,
@@ -15,13 +15,13 @@ pub(super) struct Dir {
 }
 
 impl Dir {
-    /// Opens a path of the user. Links are followed.
+    /// Opens a path that the user gave. Links are followed.
     pub(super) fn at(sys: &Arc<dyn Sys>, path: &Path) -> io::Result<Self> {
         let named = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         Ok(Self { fd: Fd::open(sys, None, named, Open::Dir, true)?, path: path.to_owned() })
     }
 
-    /// Opens the same directory again: a failed fsync spoils the new descriptor and no other.
+    /// Opens the same directory again, so that a failed fsync spoils only the new descriptor.
     pub(super) fn afresh(&self) -> Result<Self, Error> {
         let fd = Fd::open(self.fd.sys(), Some(&self.fd), Path::new("."), Open::Dir, false)
             .map_err(|error| Error::io("cannot open directory", error).with_path(&self.path))?;
@@ -80,7 +80,7 @@ impl Dir {
         &self.path
     }
 
-    /// The path that opened the directory if it still leads here, otherwise the present path: the directory
+    /// The path that opened the directory, if it still leads here, otherwise the present path. The directory
     /// may have been renamed, or the program may have changed its working directory.
     pub(super) fn present_path(&self) -> PathBuf {
         let identity = |dir: &Self| dir.stat().map(|stat| stat.identity);
@@ -105,7 +105,7 @@ impl Dir {
         move |source| Error::io(attempted, source).with_path(path)
     }
 
-    /// The error of an operation that `name` stands in the way of.
+    /// The error of an operation that fails because `name` exists.
     pub(super) fn conflict(&self, message: &str, name: &str) -> Error {
         Error::new(ErrorKind::Conflict, message).with_path(self.path.join(name))
     }

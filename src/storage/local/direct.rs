@@ -1,5 +1,5 @@
 //! Direct I/O: a file system may refuse a request, or accept it without honouring it. The reported mode is
-//! what it honours.
+//! the mode that the file system honours.
 
 use super::dir::Dir;
 use super::sys::{Fd, Kind, Open, uninterrupted};
@@ -8,14 +8,14 @@ use crate::storage::IoMode;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Whether a file's transfers bypass the page cache. Turns off permanently when the medium refuses a
+/// True if the transfers of a file bypass the page cache. Turns off permanently when the medium refuses a
 /// transfer.
 #[derive(Debug)]
 pub(super) struct Bypass(AtomicBool);
 
 impl Bypass {
-    /// Decides for a file that was opened with O_DIRECT: keeps it if it is honoured and our alignment is
-    /// enough.
+    /// Decides for a file that was opened with O_DIRECT. Keeps direct I/O if the file system honours it and
+    /// our alignment is enough.
     fn settle(fd: &Fd) -> io::Result<Self> {
         let enough = |alignment: u32| alignment as usize <= ALIGNMENT;
         let usable = uninterrupted(|| fd.sys().direct(fd.raw()))
@@ -27,7 +27,7 @@ impl Bypass {
         Ok(bypass)
     }
 
-    /// For a file that is open through the page cache.
+    /// The state of a file that is open through the page cache.
     pub(super) fn off() -> Self {
         Self(AtomicBool::new(false))
     }
@@ -54,8 +54,9 @@ pub(super) fn open(dir: &Dir, file: &str, wanted: bool) -> io::Result<(Fd, Bypas
     settled(wanted, |direct| dir.open(file, Open::Read { direct }), || Ok(()))
 }
 
-/// Opens a file to read and write, through the page cache; to read only, if writing is not allowed. File
-/// systems that lock byte ranges instead of files, such as NFS, then refuse its lock.
+/// Opens a file for reading and writing, through the page cache, or only for reading if writing is not
+/// allowed. In the second case, file systems that lock byte ranges instead of files, such as NFS, refuse a
+/// lock on it.
 pub(super) fn update(dir: &Dir, file: &str) -> io::Result<(Fd, Bypass)> {
     let fd = match dir.open(file, Open::Update) {
         Err(error) if matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::EROFS)) => {

@@ -1,5 +1,5 @@
-//! Every fsync of the local storage: each function keeps one promise, and its doc says what is lost without
-//! it.
+//! Every fsync of the local storage. Each function keeps one promise, and its doc says what is lost without
+//! the fsync.
 //!
 //! A failed fsync is final for its descriptor ([`Fd`] sees to it): the kernel reports an error once, drops
 //! the dirty pages, and answers `Ok` from then on.
@@ -13,8 +13,8 @@ fn promise(kept: Mutant, fd: &Fd) -> io::Result<()> {
     if mutant::on(kept) { Ok(()) } else { fd.fsync() }
 }
 
-/// Cuts a shard at its length and makes it durable, in this order: a cut that is not durable leaves the last
-/// block's padding after the data.
+/// Cuts a shard at its length and then makes it durable. The order matters: a cut that is not durable leaves
+/// the last block's padding after the data.
 pub(super) fn shard(fd: &Fd, cut: Option<u64>) -> io::Result<()> {
     let trim = || cut.map_or(Ok(()), |len| uninterrupted(|| fd.sys().ftruncate(fd.raw(), len)));
     if mutant::on(Mutant::TruncateLate) {
@@ -30,7 +30,7 @@ pub(super) fn file(fd: &Fd) -> io::Result<()> {
     promise(Mutant::FileFsync, fd)
 }
 
-/// Makes a clone durable, its blocks and its own head: without it a published step can have a file that is
+/// Makes the blocks and the own head of a clone durable: without it a published step can have a file that is
 /// empty, or that names the step of its source.
 pub(super) fn clone(fd: &Fd) -> io::Result<()> {
     promise(Mutant::CloneFsync, fd)
@@ -83,7 +83,8 @@ pub(super) fn taken_over(root: &Dir) -> io::Result<()> {
     promise(Mutant::SessionFsync, root.fd())
 }
 
-/// Makes a dead process's changes to names in the root durable: its publish may be visible and not durable.
+/// Makes a dead process's changes to names in the root durable: without it, its publish may be visible and
+/// not durable.
 pub(super) fn inherited(root: &Dir) -> io::Result<()> {
     root.fd().fsync()
 }

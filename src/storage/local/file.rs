@@ -63,7 +63,7 @@ impl LocalFile {
         if tail.is_empty() {
             return Ok(());
         }
-        // The file's last bytes, which came without padding.
+        // The last bytes of the file, which the caller passed without padding.
         let mut block = AlignedBuffer::new(ALIGNMENT);
         block[..tail.len()].copy_from_slice(tail);
         transfer::write_all(&self.fd, &self.bypass, &block, offset + whole.len() as u64)

@@ -1,8 +1,8 @@
 //! Judges whether the owner of an attempt is dead.
 //!
-//! On the boot that wrote the record, its lock decides. Elsewhere, and without locks, age decides: an attempt
-//! is dead when neither its record nor its files have changed for long enough, because a live owner touches
-//! its record.
+//! On the boot that wrote the record, its lock decides. On other boots and hosts, and without locks, age
+//! decides: an attempt is dead when neither its record nor its files have changed for long enough, because a
+//! live owner touches its record.
 
 use super::clock::Clock;
 use super::dir::Dir;
@@ -45,10 +45,10 @@ pub(super) struct Extent {
 }
 
 impl Extent {
-    /// The extent of the directory `name`; the default when it does not exist.
+    /// The extent of the directory `name`, or the default if the directory does not exist.
     ///
     /// # Errors
-    /// Those of the file system: an attempt that cannot be read may exist and be alive.
+    /// Errors of the file system: an attempt that cannot be read may exist and be alive.
     pub(super) fn of(root: &Dir, name: &str) -> Result<Self> {
         let failed = "cannot look at what is to be swept";
         let Some(stat) = root.look(name).map_err(root.error(failed, name))? else { return Ok(Self::default()) };
@@ -70,8 +70,8 @@ impl Extent {
     }
 }
 
-/// Judges the owner of the attempt `temp` by its record `name`. By age, it is dead when unchanged for
-/// `older_than`.
+/// Judges the owner of the attempt `temp` by its record `name`. If age decides, the owner is dead when the
+/// attempt has not changed for `older_than`.
 pub(super) fn judge(root: &Dir, clock: &Clock<'_>, name: &str, temp: &str, older_than: Duration) -> Result<Finding> {
     let failed = "cannot read the owner record";
     let (fd, bypass) = match direct::update(root, name) {
@@ -102,8 +102,8 @@ pub(super) fn judge(root: &Dir, clock: &Clock<'_>, name: &str, temp: &str, older
             Err(error) => why = format!("its owner record cannot be locked: {error:#}{who}"),
         }
     }
-    // An owner with its lock is alive even if the attempt cannot be read; every other decision needs the
-    // attempt.
+    // An owner that holds its lock is alive even if the attempt cannot be read. Every other decision needs
+    // the attempt.
     let extent = extent?;
     let mut age = None;
     if by_age {
@@ -116,7 +116,8 @@ pub(super) fn judge(root: &Dir, clock: &Clock<'_>, name: &str, temp: &str, older
         if age.is_none_or(|age| age < enough) {
             return Ok(Finding::Left(remnant(State::Undecided, why, age)));
         }
-        // Locked only now: the owner of a record that is being written would find it locked, and fail.
+        // Do not lock earlier: the owner of a record that is being written would find the record locked, and
+        // fail.
         if record.is_none() {
             match may_be_dead(&fd) {
                 Ok(true) => {}
@@ -139,7 +140,7 @@ pub(super) fn judge(root: &Dir, clock: &Clock<'_>, name: &str, temp: &str, older
     Ok(Finding::Dead(Dead { owner, remnant: remnant(State::Dead, why, age), by_age, identity: extent.identity }))
 }
 
-/// Locks a record; false when its owner has the lock.
+/// Locks a record. Returns false if its owner has the lock.
 fn may_be_dead(fd: &Fd) -> std::io::Result<bool> {
     if crate::mutant::on(crate::mutant::Mutant::SweepLock) {
         return Ok(true);

@@ -2,8 +2,8 @@
 //!
 //! # Safety argument
 //! Every [`RawFd`] passed to this file comes from its [`Sys::open`] and is owned by one
-//! [`Fd`](super::sys::Fd), which calls [`Sys::close`] once, when nothing can use it any more. So borrowing it
-//! for the length of a call is sound.
+//! [`Fd`](super::sys::Fd), which calls [`Sys::close`] once, when nothing can use it any more. So borrowing
+//! the descriptor for the length of a call is sound.
 #![expect(unsafe_code, reason = "raw descriptors are borrowed for one call each")]
 
 use super::sys::{Direct, Kind, Open, RawFd, Rename, Stat, Sys};
@@ -65,7 +65,7 @@ impl Sys for Linux {
         let mut flags = OFlags::CLOEXEC
             | match how {
                 Open::Dir => OFlags::RDONLY | OFlags::DIRECTORY,
-                // NONBLOCK: opening a pipe in the place of a file must not wait for its writer.
+                // NONBLOCK: if a pipe is in the place of the file, opening it must not wait for its writer.
                 Open::Read { direct: on } => OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | direct(on),
                 Open::Update => OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY,
                 Open::Create { direct: on } => OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | direct(on),
@@ -77,8 +77,8 @@ impl Sys for Linux {
 
     fn close(&self, fd: RawFd) {
         if fork::is_registered(fd) {
-            // A child forked in between has a copy; unlocking, unlike closing, releases the lock of all
-            // copies.
+            // A child that was forked meanwhile has a copy of the descriptor. Unlocking, unlike closing,
+            // releases the lock of all copies.
             let _ = rustix::fs::flock(borrow(fd), FlockOperation::Unlock);
             fork::unregister(fd);
         }
@@ -122,14 +122,14 @@ impl Sys for Linux {
     }
 
     fn link(&self, file: RawFd, dir: RawFd, name: &Path) -> io::Result<()> {
-        // A link to a file of a lower layer copies it to the upper one, and nothing tells which files those
-        // are.
+        // A link to a file of a lower layer copies the file to the upper layer, and no call tells which files
+        // are in a lower layer.
         if rustix::fs::fstatfs(borrow(dir))?.f_type as u64 & 0xffff_ffff == OVERLAY {
             return Err(Errno::OPNOTSUPP.into());
         }
         let path = format!("/proc/self/fd/{file}");
         match rustix::fs::linkat(rustix::fs::CWD, path, borrow(dir), name, AtFlags::SYMLINK_FOLLOW) {
-            // Without /proc: needs a privilege on older kernels.
+            // The way without /proc, which needs a privilege on older kernels.
             Err(Errno::NOENT) => Ok(rustix::fs::linkat(borrow(file), "", borrow(dir), name, AtFlags::EMPTY_PATH)?),
             linked => Ok(linked?),
         }
@@ -180,7 +180,7 @@ impl Sys for Linux {
     }
 
     fn try_lock(&self, fd: RawFd) -> io::Result<bool> {
-        // Registered first, so that no fork happens between lock and registration.
+        // Register the descriptor first, so that no fork happens between lock and registration.
         if !fork::register(fd) {
             return Err(io::Error::from_raw_os_error(libc::EMFILE));
         }
@@ -200,12 +200,13 @@ impl Sys for Linux {
         let magic = rustix::fs::fstatfs(fd)?.f_type as u64 & 0xffff_ffff;
         let unhonoured = match magic {
             TMPFS => true,
-            // Data checksums need a stable copy; without them (chattr +C) btrfs is direct.
+            // Data checksums need a stable copy, so btrfs writes directly only without them (chattr +C).
             BTRFS => !rustix::fs::ioctl_getflags(fd).is_ok_and(|flags| flags.contains(IFlags::NOCOW)),
             _ => false,
         };
         let usual = Direct { memory: ALIGNMENT as u32, offset: ALIGNMENT as u32, honoured: !unhonoured };
-        // Kernels before 6.1 and many file systems do not report it: the usual alignment works there.
+        // Kernels before 6.1 and many file systems do not report the alignment. The usual alignment works
+        // there.
         let Ok(stat) = rustix::fs::statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) else { return Ok(usual) };
         if stat.stx_mask & StatxFlags::DIOALIGN.bits() == 0 {
             return Ok(usual);

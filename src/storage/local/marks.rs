@@ -1,4 +1,4 @@
-//! The marks of steps: one small file beside them, replaced by a rename.
+//! The marks of steps: one small file beside the steps, replaced by a rename.
 
 use super::dir::Dir;
 use super::direct::{self, Bypass};
@@ -6,7 +6,7 @@ use super::sys::{Kind, Open, Rename, uninterrupted};
 use super::{durable, names, transfer};
 use crate::error::{Error, Result};
 
-/// The most bytes of marks: those of about 100,000 steps.
+/// The maximum length of the marks in bytes, enough for about 100,000 steps.
 const MOST: u64 = 16 << 20;
 
 /// Reads the marks in `root`; None if there are none.

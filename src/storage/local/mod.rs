@@ -1,19 +1,18 @@
 //! Storage in a directory of a local or mounted file system.
 //!
 //! **Names.** `names` lists the entries of a root. A step is a plain directory that holds the checkpoint and
-//! nothing else; an attempt is a hidden directory, with the record of its owner beside it.
-//! **Consistency.** A step appears by one rename and never changes. A reader opens its directory once and
-//! every file through that descriptor, so it sees one attempt, even if the step is replaced or removed.
-//! **Completion.** Files, then the attempt's directory, then the rename, then the root: each is fsynced
-//! before the next step, in `durable` and nowhere else. A failed fsync loses the attempt; one that fails
-//! after the rename is `Indeterminate`.
-//! **Crash.** A sweep deletes an attempt whose owner is dead, once it is durable that the attempt does not
-//! have the name of a step. A removed step first gets a hidden name, durably, so a crash never brings back a
-//! step with missing files. An attempt that no lock decides, such as one of another host, is deleted when it
-//! has not changed for long enough, and reported until then.
-//! **Cancellation.** [`Writing::abandon`] deletes the attempt; a sweep deletes one that was dropped.
-//! **Fork.** A child never closes, unlocks, touches or deletes what its parent has open: it opens its own
-//! storage to begin and sweep.
+//! nothing else; an attempt is a hidden directory, with the record of its owner beside it. **Consistency.** A
+//! step appears by one rename and never changes. A reader opens its directory once and every file through
+//! that descriptor, so it sees one attempt, even if the step is replaced or removed. **Completion.** Files
+//! are fsynced first, then the attempt's directory, then comes the rename, then the fsync of the root. Each
+//! fsync succeeds before the next of these begins. Only `durable` calls fsync. A failed fsync loses the
+//! attempt; an fsync that fails after the rename is `Indeterminate`. **Crash.** A sweep deletes an attempt
+//! whose owner is dead, once it is durable that the attempt does not have the name of a step. A removed step
+//! first gets a hidden name, durably, so a crash never brings back a step with missing files. If no lock can
+//! decide, as for an attempt of another host, the sweep deletes the attempt when it has not changed for long
+//! enough, and reports it until then. **Cancellation.** [`Writing::abandon`] deletes the attempt; a sweep
+//! deletes an attempt that was dropped. **Fork.** A child never closes, unlocks, touches or deletes anything
+//! that its parent has open. To begin an attempt or to sweep, it opens its own storage.
 //!
 //! Modules from the system calls up: `sys` (the system call interface), `linux`, `dir`, `transfer`, `direct`,
 //! `durable`; then `owner`, `clock`, `judge`, `file`, `marks`, `trash`, `publish`, `reading`; then `adopt`,
@@ -87,7 +86,8 @@ use sys::{Kind, Open, Rename, Sys};
 /// ```
 #[derive(Debug)]
 pub struct Local {
-    /// Read only. A caller that fsyncs opens it afresh: a failed fsync is final for a descriptor.
+    /// Read only. A caller that fsyncs opens the root again, because a failed fsync is final for a
+    /// descriptor.
     root: Dir,
     direct: bool,
     owners: Arc<Owners>,
@@ -99,13 +99,13 @@ impl Local {
         Self::with_sys(Arc::new(Linux), path)
     }
 
-    /// Opens the root at `path`, and creates it if it is missing. `engine` writes files, or pwrite(2) if it
-    /// is not available.
+    /// Opens the root at `path`, and creates it if it is missing. `engine` writes files; if it is not
+    /// available, pwrite(2) does.
     pub fn open_with(path: impl AsRef<Path>, engine: Engine) -> Result<Self> {
         Self::with_sys(system(engine), path)
     }
 
-    /// Opens the root at `path` to read, and creates nothing.
+    /// Opens the root at `path` for reading. Creates nothing.
     ///
     /// # Errors
     /// `NotFound` when the root does not exist.
@@ -287,7 +287,8 @@ impl Storage for Local {
         self.alive()?;
         rules::check_step(name)?;
         let failed = |error| self.root.error("cannot write the hint", rules::LATEST)(error);
-        // A dead process may have left it, or another may be writing it: which hint wins does not matter.
+        // A dead process may have left this file, or another process may be writing it. It does not matter
+        // which hint wins.
         self.root.unlink(names::LATEST_NEW, Kind::File).map_err(failed)?;
         let lost = |error: &io::Error| matches!(error.raw_os_error(), Some(libc::EEXIST | libc::ENOENT));
         let (fd, bypass): (_, Bypass) = match direct::create(&self.root, names::LATEST_NEW, false) {
@@ -315,7 +316,7 @@ impl Storage for Local {
     }
 
     fn directory(&self) -> Option<PathBuf> {
-        // None where the system calls are simulated.
+        // `path_of` returns None if the system calls are simulated.
         self.root.fd().sys().path_of(self.root.fd().raw())
     }
 

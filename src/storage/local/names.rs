@@ -18,7 +18,7 @@ use crate::storage::name::is_component;
 pub(super) const LATEST_NEW: &str = ".latest.new";
 /// The marks of steps.
 pub(super) const MARKS: &str = ".marks.json";
-/// Their name before the rename.
+/// The name of the marks before the rename.
 pub(super) const MARKS_NEW: &str = ".marks.json.new";
 const TEMP: &str = ".tmp";
 const CLAIMED: &str = ".claimed";

@@ -1,8 +1,10 @@
-//! The owner record: a file beside an attempt that names its writer, locked while the writer lives.
+//! The owner record: a file beside an attempt that names the attempt's writer, and is locked while the writer
+//! lives.
 //!
-//! The lock tells a live writer from a dead one, but may not work between two machines, or two boots of one.
-//! So the record names the boot, for `judge`. A live writer also touches its record, for sweeps on machines
-//! where the lock does not work. Host, process id and start time are for people.
+//! The lock tells a live writer from a dead one, but may not work between two machines, or between two boots
+//! of one machine. So the record names the boot, for `judge`. A live writer also touches its record, for
+//! sweeps on machines where the lock does not work. Host, process id and start time are there only for
+//! people.
 
 use super::dir::Dir;
 use super::direct::{self, Bypass};
@@ -27,7 +29,7 @@ const ENOTSUPP: i32 = 524;
 pub(super) struct Owner {
     name: String,
     record: Arc<Fd>,
-    /// What this process wrote into it.
+    /// The bytes that this process wrote into the record.
     content: Vec<u8>,
 }
 
@@ -35,8 +37,8 @@ pub(super) struct Owner {
 #[derive(Debug)]
 pub(super) struct Owners {
     locks: Locks,
-    /// Records of unclear publishes. Their locks are kept until the storage is dropped, so that no sweep of
-    /// ours removes them.
+    /// Records of publishes with an unclear outcome. Their locks are kept until the storage is dropped, so
+    /// that no sweep of this process removes them.
     kept: Mutex<Vec<Owner>>,
     live: Mutex<Vec<Weak<Fd>>>,
     /// True once the missing locks were logged.
@@ -50,7 +52,7 @@ impl Owners {
 
     /// Creates, locks and fills a record, and makes it durable.
     ///
-    /// `generation` is that of the session, for an attempt of several ranks.
+    /// `generation` is the generation of the session, for an attempt of several ranks.
     pub(super) fn record(&self, root: &Dir, step: &str, attempt: Attempt, generation: Option<u64>) -> Result<Owner> {
         let name = names::owner(step, attempt);
         let (fd, bypass) =
@@ -68,7 +70,7 @@ impl Owners {
         live.push(Arc::downgrade(record));
     }
 
-    /// Writes this process into the record of a dead one, which it has judged and locked.
+    /// Writes this process into the record of a dead process, which this process has judged and locked.
     pub(super) fn adopt(&self, root: &Dir, owner: Owner) -> Result<Owner> {
         let (name, fd) = (&owner.name, &owner.record);
         let failed = "cannot write the owner record";
@@ -78,7 +80,7 @@ impl Owners {
         let takeovers = Record::parse(&old[..length]).map_or(0, |old| old.takeovers).saturating_add(1);
         let mut record = serde_json::to_vec(&Record { takeovers, ..Record::of_this_process(locked) })
             .map_err(|error| Error::internal(failed).with_source(error))?;
-        // Spaces up to the old length: one write, after which the record is whole.
+        // Pad with spaces up to the old length, so that one write leaves a whole record.
         record.resize(record.len().max(length), b' ');
         transfer::write_all(fd, &bypass, &record, 0).map_err(root.error(failed, name))?;
         durable::owner(fd, root).map_err(root.error("cannot make the owner record durable", name))?;
@@ -96,7 +98,7 @@ impl Owners {
         Ok(record)
     }
 
-    /// Locks a new record; false if there are no locks, which the record then states.
+    /// Locks a new record. Returns false if there are no locks, and the record then says so.
     fn lock(&self, root: &Dir, name: &str, fd: &Fd) -> Result<bool> {
         if self.locks == Locks::None {
             return Ok(false);
@@ -127,7 +129,7 @@ impl Owners {
     /// Touches the records of all live attempts.
     ///
     /// # Errors
-    /// The first error; the others are still touched.
+    /// The first error. The other records are touched nevertheless.
     pub(super) fn touch(&self) -> io::Result<()> {
         let live: Vec<Arc<Fd>> =
             lock(&self.live).iter().filter_map(Weak::upgrade).filter(|record| record.is_ours()).collect();
@@ -146,13 +148,13 @@ pub(super) fn has_no_locks(error: &io::Error) -> bool {
 }
 
 impl Owner {
-    /// The owner whose record this process has judged: it wrote none of it.
+    /// The owner whose record this process has judged. This process wrote nothing into that record.
     pub(super) fn judged(name: String, record: Arc<Fd>) -> Self {
         Self { name, record, content: Vec::new() }
     }
 
-    /// Refuses to go on unless the record is as this process wrote it. Opened afresh: another host may have
-    /// written it.
+    /// Refuses to go on unless the record is as this process wrote it. Opens the record again, because
+    /// another host may have written it.
     ///
     /// # Errors
     /// `Conflict` when another process has taken the attempt over, or has published or deleted it.
@@ -207,8 +209,8 @@ fn is_zero(takeovers: &u64) -> bool {
 }
 
 impl Record {
-    /// Parses a record. None for bytes that are no record: empty, zeros after a power failure, or of another
-    /// program.
+    /// Parses a record. None for bytes that are not a record: an empty file, zeros after a power failure, or
+    /// a file of another program.
     pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
         serde_json::from_slice(bytes).ok()
     }
@@ -219,8 +221,8 @@ impl Record {
         Self { host, boot_id: this_boot(), pid, start_time, locked, generation: None, takeovers: 0 }
     }
 
-    /// Returns true if the running kernel's boot wrote the record; that kernel knows whether the writer still
-    /// has its lock. Host names, and the content of images, can be equal on several machines.
+    /// Returns true if the record was written during the present boot. Then the kernel knows whether the
+    /// writer still has its lock. Host names, and the content of images, can be equal on several machines.
     pub(super) fn is_of_this_boot(&self) -> bool {
         !self.boot_id.is_empty() && self.boot_id == this_boot()
     }
@@ -233,6 +235,6 @@ fn this_boot() -> String {
 /// The start of this process in clock ticks since boot; with the process id, it identifies a process.
 fn start_time() -> Option<u64> {
     let stat = fs::read_to_string("/proc/self/stat").ok()?;
-    // The second field is the program's name in brackets, which can contain any character.
+    // The second field is the name of the program in brackets. It can contain any character.
     stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }

@@ -35,7 +35,8 @@ impl Progress {
         self.fault()
     }
 
-    /// The reason why what this process has written is not whole; None if it is, or if there is nothing.
+    /// The reason why the files of this process are not whole. None if they are whole, or if there are no
+    /// files.
     pub(super) fn fault(&self) -> Option<&'static str> {
         if self.lost.load(Ordering::Acquire) {
             Some("the attempt is lost: an earlier call on it failed")

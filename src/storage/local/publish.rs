@@ -1,5 +1,5 @@
 //! The publish: one atomic rename, on file systems with and without renameat2(2). For an attempt of several
-//! ranks: the claim before it, and the veto that a claim forestalls.
+//! ranks, also the claim before the publish, and the veto, which a claim makes impossible.
 
 use super::dir::Dir;
 use super::sys::Rename;
@@ -10,11 +10,11 @@ use crate::mutant::{self, Mutant};
 use crate::storage::shared::Vetoed;
 
 /// Renames the attempt `temp`, known by its `identity`, to `step`. An empty directory of that name is
-/// replaced. With `overwrite` an existing step is exchanged, and then has the name `temp`.
+/// replaced. With `overwrite` the attempt is exchanged with an existing step, which then has the name `temp`.
 ///
 /// # Errors
-/// `Conflict` when another step has the name; `Indeterminate` when the result is unknown; with any other kind
-/// nothing changed.
+/// `Conflict` when another step has the name. `Indeterminate` when the result is unknown. With any other
+/// kind, nothing changed.
 pub(super) fn rename(root: &Dir, temp: &str, step: &str, identity: (u64, u64), overwrite: bool) -> Result<()> {
     let replace = overwrite || mutant::on(Mutant::NoReplace);
     let mut how = if replace { Rename::Exchange } else { Rename::NoReplace };
@@ -45,12 +45,12 @@ pub(super) fn rename(root: &Dir, temp: &str, step: &str, identity: (u64, u64), o
     }
 }
 
-/// Exchanges the attempt `temp` with the step that has the identity `displaced`, and with no other one: the
+/// Exchanges the attempt `temp` with the step that has the identity `displaced`, and with no other step. The
 /// step may have been replaced or pruned since it was read.
 ///
 /// # Errors
-/// `Conflict` when the name is another step's, or of none; `Indeterminate` when the result is unknown; with
-/// any other kind nothing changed.
+/// `Conflict` when another step or no step has the name. `Indeterminate` when the result is unknown. With any
+/// other kind, nothing changed.
 pub(super) fn exchange(root: &Dir, temp: &str, step: &str, identity: (u64, u64), displaced: (u64, u64)) -> Result<()> {
     let there = root.look(step).map_err(root.error("cannot look at the step", step))?;
     if there.is_none_or(|stat| stat.identity != displaced) {
@@ -61,7 +61,7 @@ pub(super) fn exchange(root: &Dir, temp: &str, step: &str, identity: (u64, u64),
 
 const REPLACED: &str = "the step was replaced or removed meanwhile; it is as it was";
 
-/// Exchanges, compares what was displaced, and exchanges back what was not meant.
+/// Exchanges the names, checks which step was displaced, and exchanges them back if it was the wrong step.
 fn exchange_checked(root: &Dir, temp: &str, step: &str, identity: (u64, u64), displaced: (u64, u64)) -> Result<()> {
     if let Err(error) = root.rename(temp, step, Rename::Exchange) {
         match (look(root, temp, step, identity), error.raw_os_error()) {
@@ -85,14 +85,14 @@ fn unclear(root: &Dir, step: &str, error: std::io::Error) -> Error {
         .with_path(root.path().join(step))
 }
 
-/// Renames an attempt from the name that a veto takes away to the one that its publish starts from.
+/// Renames an attempt from the name that a veto would take away to the name from which its publish starts.
 ///
 /// # Errors
 /// `Cancelled` when the attempt is gone.
 pub(super) fn claim(root: &Dir, step: &str, attempt: Attempt, identity: (u64, u64)) -> Result<()> {
     let (temp, claimed) = (names::temp(step, attempt), names::claimed(step, attempt));
     let renamed = match root.rename(&temp, &claimed, Rename::NoReplace) {
-        // The name is this attempt's own, so nothing is there that a plain rename could replace.
+        // Only this attempt uses the name, so a plain rename cannot replace anything.
         Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP)) => {
             root.rename(&temp, &claimed, Rename::Plain)
         }

@@ -1,5 +1,5 @@
-//! A published step, kept open: one descriptor for its directory, one for each file. So the bytes are those
-//! of one attempt, even if the name changes.
+//! A published step, kept open: one descriptor for its directory, one for each file. So all bytes belong to
+//! one attempt, even if the name changes.
 
 use super::dir::Dir;
 use super::direct::{self, Bypass};

@@ -1,14 +1,14 @@
-//! An attempt that another process can go on with when its writer has died: for a program that writes the
-//! same bytes each time it is run, such as a conversion.
+//! An attempt that another process can continue when its writer has died, for a program that writes the same
+//! bytes in each run, such as a conversion.
 //!
-//! **Consistency.** The attempt's identity follows from what is written, so its files can be compared with
-//! what they must be. The next process takes the lock of the owner record and writes itself into it before it
-//! looks at a file. Where the lock cannot tell (another host or boot, no locks), an owner that was judged
-//! dead may live. It reads its record before it creates, rewrites or deletes a file and before it publishes,
-//! and gives up once another process is in it; the other process deletes a file that was being written,
-//! because it is not complete. What remains is a take-over between that look and the call right after it.
-//! **Crash.** A file that the dead process left counts only after the caller has checked its bytes and
-//! [`Resumable::adopt`] or [`Resumable::rewrite`] has made them durable.
+//! **Consistency.** The attempt's identity is computed from its content, so its files can be compared with
+//! what they must be. The next process takes the lock of the owner record and writes itself into the record
+//! before it reads a file. If the lock cannot tell (another host or boot, no locks), an owner that was judged
+//! dead may live. That owner reads its record before it creates, rewrites or deletes a file and before it
+//! publishes, and gives up if the record names another process. The other process deletes a file that was
+//! being written, because the file is not complete. One race remains: a take-over between the owner's read of
+//! the record and the call right after it. **Crash.** A file that the dead process left counts only after the
+//! caller has checked its bytes and [`Resumable::adopt`] or [`Resumable::rewrite`] has made them durable.
 
 use super::attempt::LocalAttempt;
 use super::clock::Clock;
@@ -31,8 +31,8 @@ pub struct Resumable(Arc<LocalAttempt>);
 
 impl Local {
     /// Takes over the attempt `attempt` at the step `name`, if a dead process left it. An attempt of another
-    /// host, or of another boot of this one, counts as dead when it has not changed for `older_than`; if its
-    /// owner lives after all, what it does with the attempt from then on is refused.
+    /// host, or of another boot of this host, counts as dead when it has not changed for `older_than`. If its
+    /// owner lives after all, the owner's later calls on the attempt are refused.
     ///
     /// # Errors
     /// `Conflict` when its owner is alive or may be.
@@ -60,7 +60,7 @@ impl Local {
         };
         durable::inherited(&root).map_err(root.own_error("cannot make durable what a dead process did"))?;
         if dead.identity.is_none() {
-            // Its owner died before it made the attempt, or after the publish.
+            // The owner died before it made the attempt, or after the publish.
             dead.owner.erase(&root)?;
             return Ok(None);
         }
@@ -83,7 +83,7 @@ impl Local {
 }
 
 impl Local {
-    /// Begins an attempt that replaces the step `name`, and whose files can be read before it is published.
+    /// Begins an attempt that replaces the step `name`. Its files can be read before the publish.
     ///
     /// # Errors
     /// Those of the file system.
@@ -97,7 +97,7 @@ impl Local {
 }
 
 impl Resumable {
-    /// The files that are in it, as those of a step.
+    /// Opens the files of the attempt like the files of a step.
     ///
     /// # Errors
     /// Those of the file system.
@@ -110,22 +110,22 @@ impl Resumable {
         self.0.files.dir.path().to_owned()
     }
 
-    /// The attempt, to write further files and to publish.
+    /// Returns the attempt, to write further files and to publish.
     pub fn writing(&self) -> &dyn Writing {
         self.0.as_ref()
     }
 
-    /// Publishes the attempt in the place of the step that `opened` has open, and of no other one.
+    /// Publishes the attempt in the place of the step that `opened` has open. Replaces no other step.
     ///
     /// # Errors
-    /// `Conflict` when the name is another step's by now, or of none, and nothing changed; as
+    /// `Conflict`, and nothing changed, when another step or no step has the name by now; otherwise as
     /// [`Writing::publish`].
     pub fn replace(&self, opened: &dyn Reading) -> Result<()> {
         let unknown = || Error::internal("a step that another storage has opened is to be replaced");
         self.0.publish_over(true, Some(opened.identity().ok_or_else(unknown)?))
     }
 
-    /// The files that are in it.
+    /// The names of the files of the attempt.
     ///
     /// # Errors
     /// Those of the file system.
@@ -133,7 +133,7 @@ impl Resumable {
         self.reading()?.list()
     }
 
-    /// Opens a file to check it.
+    /// Opens a file of the attempt, so that the caller can check it.
     ///
     /// # Errors
     /// `NotFound` when there is none.
@@ -141,8 +141,8 @@ impl Resumable {
         self.reading()?.open(file)
     }
 
-    /// Makes a file durable that a dead process wrote and whose fsync succeeded, and counts it to the
-    /// attempt. The caller has checked every byte of it; of other files see [`Resumable::rewrite`].
+    /// Makes a file durable that a dead process wrote and whose fsync succeeded, and adds it to the attempt.
+    /// The caller has checked every byte of the file. For other files see [`Resumable::rewrite`].
     ///
     /// # Errors
     /// Those of the file system; the attempt cannot be published then.
@@ -154,9 +154,10 @@ impl Resumable {
         })
     }
 
-    /// Writes a file whose every byte the caller knows, over what a dead process left of it, makes it durable
-    /// and counts it to the attempt. Where the fsync of the dead process failed, the kernel counts the pages
-    /// as clean and reports the next fsync as done: only a new write brings the bytes to the medium.
+    /// Writes a file, of which the caller knows every byte, over the remains that a dead process left, makes
+    /// it durable and adds it to the attempt. If the fsync of the dead process failed, the kernel treats the
+    /// pages as clean and reports the next fsync as successful. Only a new write brings the bytes to the
+    /// medium.
     ///
     /// # Errors
     /// Those of the file system; the attempt cannot be published then.

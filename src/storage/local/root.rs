@@ -15,9 +15,9 @@ pub(super) fn find(sys: &Arc<dyn Sys>, path: &Path) -> Result<Dir> {
 
 /// Opens the root, and creates it and its missing ancestors.
 ///
-/// It makes every directory on the path durable by an fsync of its parent, also an existing one: a process
-/// that died before its own fsync may have created it. If this process may not (no permission, a read-only
-/// mount), no process of ours created it.
+/// It makes every directory on the path durable by an fsync of its parent. That includes existing
+/// directories, because a process that died before its own fsync may have created them. If this process may
+/// not fsync the parent (no permission, a read-only mount), no process of ours created the directory.
 pub(super) fn make(sys: &Arc<dyn Sys>, path: &Path) -> Result<Dir> {
     let failed = |attempted: &'static str| move |error: io::Error| Error::io(attempted, error).with_path(path);
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {

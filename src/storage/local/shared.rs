@@ -1,8 +1,8 @@
 //! Sessions of several ranks in a root, and the attempts that they write together.
 //!
-//! A session is a directory in `.ranks`, made aside and renamed to its number: the rename fails when another
-//! session has the number, because that directory is not empty. It holds the record of the session and the
-//! notes of its ranks.
+//! A session is a directory in `.ranks`. It is made under another name and renamed to its number. The rename
+//! fails if another session has the number, because the directory of that session is not empty. The directory
+//! holds the record of the session and the notes of its ranks.
 
 use super::attempt::{AttemptFiles, LocalAttempt};
 use super::dir::Dir;
@@ -26,7 +26,7 @@ const MAX_RECORD: u64 = 4 << 20;
 /// Maximum length of an owner record.
 const MAX_OWNER: u64 = 4096;
 
-/// See the module.
+/// The interface to sessions in a local root; see the module.
 #[derive(Debug)]
 pub(super) struct LocalShared {
     root: Dir,
@@ -79,7 +79,7 @@ impl Shared for LocalShared {
         durable::file(&fd).map_err(dir.error("cannot make file durable", RECORD))?;
         durable::session(&dir).map_err(dir.own_error("cannot make a session durable"))?;
         let mut generation = generations(&sessions)?.into_iter().max().map_or(1, |newest| newest + 1);
-        // Each turn, another session took the number.
+        // Each iteration means that another session took the number.
         while let Err(error) = sessions.rename(&aside, &names::session(generation), Rename::Plain) {
             match error.raw_os_error() {
                 Some(libc::EEXIST | libc::ENOTEMPTY) => generation += 1,
@@ -119,7 +119,7 @@ impl Shared for LocalShared {
         }
         durable::taken_over(&root).map_err(root.own_error("cannot make a take-over durable"))?;
         for (attempt, record) in buried {
-            // What is left is trash, which any sweep removes.
+            // The rest is trash, which any sweep removes.
             let cleared = trash::delete(&root, &attempt)
                 .and_then(|()| root.unlink(record, Kind::File).map_err(root.error("cannot delete", record)));
             if let Err(error) = cleared {

@@ -1,4 +1,4 @@
-//! Removes what dead owners left, and nothing of live ones.
+//! Removes the remains of dead owners, and nothing of live owners.
 
 use super::clock::Clock;
 use super::dir::Dir;
@@ -9,7 +9,8 @@ use crate::id::Attempt;
 use crate::storage::{Remnant, State, Sweep, Swept};
 use std::collections::HashSet;
 
-/// Number of dead attempts that share the fsyncs of their removal. Each keeps a descriptor open until then.
+/// Number of dead attempts whose removals share one set of fsyncs. Each attempt keeps a descriptor open until
+/// these fsyncs.
 const BATCH: usize = 64;
 
 /// Removes attempts of dead owners, and all trash. A failure to remove one does not stop the others.
@@ -73,7 +74,7 @@ fn bury(root: &Dir, dead: Vec<Dead>, swept: &mut Swept) {
     }
 }
 
-/// Deletes a dead attempt; returns false when it does not exist.
+/// Deletes a dead attempt. Returns false if it does not exist.
 fn clear(root: &Dir, found: &Dead) -> Result<bool> {
     let temp = &found.remnant.name;
     if root.look(temp).map_err(root.error("cannot look for the attempt", temp))?.is_none() {
@@ -91,14 +92,14 @@ fn clear(root: &Dir, found: &Dead) -> Result<bool> {
     Ok(true)
 }
 
-/// Deletes an attempt whose owner might still be about to publish it. The attempt loses its name first,
-/// durably, so that the publish fails instead of showing a step that is being deleted, even if the power
-/// fails in between.
+/// Deletes an attempt whose owner might still be about to publish it. The attempt first loses its name,
+/// durably. So the publish fails, and cannot show a step that is being deleted, even if the power fails in
+/// between.
 fn set_aside(root: &Dir, temp: &str, identity: (u64, u64)) -> Result<()> {
     trash::discard(root, temp, &names::trash(Attempt::new()), identity)
 }
 
-/// Sweeps attempts without a record, judged by their age alone.
+/// Sweeps attempts without a record. Only their age decides.
 fn orphans(root: &Dir, clock: &Clock<'_>, listed: &[&str], how: Sweep, swept: &mut Swept) -> Result<()> {
     let owned: HashSet<_> = listed.iter().filter_map(|name| names::parse_owner(name)).collect();
     for name in listed {
@@ -112,7 +113,7 @@ fn orphans(root: &Dir, clock: &Clock<'_>, listed: &[&str], how: Sweep, swept: &m
                 continue;
             }
         };
-        // The listing is not atomic: the record may have been made since, or both may be gone.
+        // The listing is not atomic: the record may have been made since, or record and attempt may be gone.
         let owner = names::owner(step, attempt);
         let Some(identity) = extent.identity else { continue };
         if root.look(&owner).map_err(root.error("cannot look for the record", &owner))?.is_some() {

@@ -1,7 +1,7 @@
-//! The system call interface: every kernel call of the local storage, and nothing else.
+//! The system call interface: every kernel call of the local storage.
 //!
 //! Production runs on [`Linux`](super::linux::Linux). Tests put a simulated file system here, *below* the
-//! code that decides what to fsync, so that the code under test is the code that ships.
+//! code that decides what to fsync, so that they test the production code.
 
 use crate::fork::ForkGuard;
 use crate::memory::Pages;
@@ -57,9 +57,9 @@ pub struct Stat {
     pub kind: Kind,
     /// Its length in bytes.
     pub len: u64,
-    /// Device and inode: two descriptors of the same file have the same.
+    /// Device and inode, equal for two descriptors of the same file.
     pub identity: (u64, u64),
-    /// The number of names; zero after the last is removed.
+    /// The number of names; zero after the last name is removed.
     pub links: u64,
     /// When it was last modified, since 1970, by the clock of the file system.
     pub modified: Duration,
@@ -84,7 +84,7 @@ pub struct Direct {
     pub memory: u32,
     /// Alignment of offsets and lengths.
     pub offset: u32,
-    /// False where the file system accepts O_DIRECT but still uses the page cache.
+    /// False if the file system accepts O_DIRECT but still uses the page cache.
     pub honoured: bool,
 }
 
@@ -103,18 +103,18 @@ pub trait Sys: Send + Sync + Debug {
     fn pread(&self, fd: RawFd, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
     /// fsync(2), of a file or of a directory.
     fn fsync(&self, fd: RawFd) -> io::Result<()>;
-    /// fallocate(2) of `0..len`, file length included; never the emulation that writes zeros.
+    /// fallocate(2) of `0..len`, which also sets the file length. Never the emulation that writes zeros.
     fn fallocate(&self, fd: RawFd, len: u64) -> io::Result<()>;
     /// ftruncate(2).
     fn ftruncate(&self, fd: RawFd, len: u64) -> io::Result<()>;
     /// renameat2(2) within one directory.
     fn rename(&self, dir: RawFd, from: &Path, to: &Path, how: Rename) -> io::Result<()>;
-    /// linkat(2): another name for the open `file`. ENOENT after its last name was removed; EOPNOTSUPP where
-    /// a link may copy the file.
+    /// linkat(2): another name for the open `file`. ENOENT after its last name was removed; EOPNOTSUPP if a
+    /// link may copy the file.
     fn link(&self, file: RawFd, dir: RawFd, name: &Path) -> io::Result<()>;
-    /// ioctl(2) FICLONE: the empty file `to` gets length and blocks of `from`, and shares them.
+    /// ioctl(2) FICLONE: the empty file `to` gets the length of `from`, and shares its blocks.
     fn clone_file(&self, from: RawFd, to: RawFd) -> io::Result<()>;
-    /// fchmod(2): takes away the permissions to write, and gives none.
+    /// fchmod(2): removes the permissions to write, and adds none.
     fn protect(&self, fd: RawFd) -> io::Result<()>;
     /// unlinkat(2), with AT_REMOVEDIR for directories.
     fn unlink(&self, dir: RawFd, name: &Path, kind: Kind) -> io::Result<()>;
@@ -147,7 +147,7 @@ pub trait Sys: Send + Sync + Debug {
     fn register(&self, _pages: Pages<'_>) -> Box<dyn Any + Send + Sync> {
         Box::new(())
     }
-    /// The way it writes, for reports.
+    /// The name of the engine that writes, for reports.
     fn engine(&self) -> &'static str {
         "pwrite"
     }
@@ -174,12 +174,13 @@ impl Fd {
         self.raw
     }
 
-    /// The system that it belongs to.
+    /// The system calls that the descriptor belongs to.
     pub fn sys(&self) -> &Arc<dyn Sys> {
         &self.sys
     }
 
-    /// Returns true if this process opened it: in a forked child the number may name another file, or none.
+    /// Returns true if this process opened the descriptor. In a forked child the number may belong to another
+    /// file, or to none.
     pub(super) fn is_ours(&self) -> bool {
         self.origin.is_ours()
     }
@@ -202,7 +203,8 @@ impl Drop for Fd {
     }
 }
 
-/// Repeats a call that a signal interrupted. Not for fsync, nor for a rename, which must happen once.
+/// Repeats a call that a signal interrupted. Not for fsync, and not for a rename, which must happen only
+/// once.
 pub(super) fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {

@@ -1,7 +1,8 @@
-//! Removes steps and attempts so that no crash brings them back half deleted: first they are hidden, durably,
-//! then deleted.
+//! Removes steps and attempts so that no crash brings them back half deleted. They are first hidden, durably,
+//! and then deleted.
 //!
-//! An attempt's name is hidden already, so it is deleted without a rename: a full disk can refuse a new name.
+//! The name of an attempt is hidden already, so the attempt is deleted without a rename, because a full disk
+//! can refuse a new name.
 
 use super::dir::Dir;
 use super::sys::{Kind, Rename};
@@ -12,7 +13,7 @@ use crate::id::Attempt;
 /// Moves the step or attempt `name`, known by its `identity`, to the trash and deletes it.
 ///
 /// Another process may exchange the directory under the name just before the rename. So `discard` checks the
-/// moved directory before it deletes it, and renames another one back.
+/// moved directory before it deletes it, and renames it back if it is another directory.
 pub(super) fn discard(root: &Dir, name: &str, trash: &str, identity: (u64, u64)) -> Result<()> {
     root.rename(name, trash, Rename::Plain).map_err(root.error("cannot move to the trash", name))?;
     let moved = root.look(trash).map_err(root.error("cannot look at what was moved to the trash", trash));
@@ -29,7 +30,7 @@ pub(super) fn discard(root: &Dir, name: &str, trash: &str, identity: (u64, u64))
     delete(root, trash)
 }
 
-/// Renames a step or attempt back, durably: it may have been acknowledged.
+/// Renames a step or attempt back, durably, because it may have been acknowledged.
 fn put_back(root: &Dir, name: &str, trash: &str) -> Result<()> {
     let back = match root.rename(trash, name, Rename::NoReplace) {
         // rename(2) replaces only an empty directory, and no step is empty.
@@ -42,33 +43,33 @@ fn put_back(root: &Dir, name: &str, trash: &str) -> Result<()> {
     durable::published(root).map_err(root.error("cannot make durable that this has its name back", name))
 }
 
-/// Deletes the attempt `temp` durably; afterwards its owner record may be deleted.
+/// Deletes the attempt `temp` durably. After that its owner record may be deleted.
 pub(super) fn delete_attempt(root: &Dir, temp: &str) -> Result<()> {
     delete(root, temp)?;
     durable::deleted(root).map_err(root.error("cannot make it durable that the attempt is gone", temp))
 }
 
-/// Deletes trash that another process left. Where several machines share the storage, that process's rename
-/// may be durable on its machine alone, or not at all; this process's own rename is durable before anything
-/// is deleted.
+/// Deletes trash that another process left. If several machines share the storage, the rename of that process
+/// may be durable only on its own machine, or not at all. The rename of this process is durable before
+/// anything is deleted.
 pub(super) fn delete_found(root: &Dir, name: &str) -> Result<()> {
     let own = names::trash(Attempt::new());
     match root.rename(name, &own, Rename::Plain) {
-        // Another sweep took it.
+        // Another sweep renamed it first.
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(()),
         renamed => renamed.map_err(root.error("cannot move trash", name))?,
     }
     durable::trash(root).map_err(root.error("cannot make a removal durable", name))?;
     delete(root, &own).inspect_err(|_| {
-        // What stays keeps its name from sweep to sweep.
+        // Trash that cannot be deleted keeps its name from sweep to sweep.
         let _ = root.rename(&own, name, Rename::NoReplace);
     })
 }
 
 /// Deletes the hidden directory `name`, if it exists. The hidden name must be durable already.
 ///
-/// Deletes only what this library writes: files in one directory. A link is removed, never followed. A
-/// directory inside is an error and stays.
+/// Deletes only files in one directory, because this library writes nothing else. A link is removed, never
+/// followed. A directory inside is an error and stays.
 pub(super) fn delete(root: &Dir, name: &str) -> Result<()> {
     match root.look(name).map_err(root.error("cannot look at", name))? {
         None => return Ok(()),

@@ -1,19 +1,19 @@
 //! Writes with io_uring instead of pwrite(2): one call submits a whole chunk in pieces that are in flight
 //! together, from memory that the kernel pinned at start. [`Linux`] does everything else.
 //!
-//! **Protocol.** A ring serves one write at a time; idle rings wait in a pool, so there are as many rings as
-//! writers. If no ring is available (an old kernel, a container that forbids it, no memory), the write is a
+//! **Protocol.** A ring serves one write at a time. Idle rings wait in a pool, so there are as many rings as
+//! writers. If no ring is available (an old kernel, a container that forbids it, no memory), pwrite(2) writes
+//! instead. **Fork.** A child shares the queues of its parent's rings, so it does not use them and calls
 //! pwrite(2).
-//! **Fork.** A child shares the queues of its parent's rings, so it does not use them and calls pwrite(2).
 //!
 //! # Safety argument
 //! The kernel reads from a caller's bytes between the submission of a piece and its completion.
 //! [`Ring::write`] returns only when every submitted piece has completed, and nothing in between can panic.
 //! When the kernel refuses a submission, no later call submits the queued pieces, and their ring is closed.
-//! Pieces in registered memory name it by an index, and the kernel then reads the pages that were mapped at
-//! registration. The registration ends before the memory is unmapped; then idle rings are closed, and busy
-//! ones are closed instead of reused. No ring can be writing from that memory then, because its writer has a
-//! lease of it.
+//! Pieces in registered memory name the memory by an index, and the kernel then reads the pages that were
+//! mapped at registration. The registration ends before the memory is unmapped. At its end idle rings are
+//! closed, and busy rings are closed instead of reused. No ring can be writing from that memory then, because
+//! its writer would hold a lease of it.
 #![expect(unsafe_code, reason = "submissions to the kernel's queue; argument above")]
 
 use super::linux::Linux;
@@ -61,8 +61,8 @@ impl Uring {
     /// Creates a first ring, if the kernel allows it.
     ///
     /// # Errors
-    /// The kernel's: `ENOSYS` on kernels without it, `EPERM` where it is forbidden, `ENOMEM` beyond the limit
-    /// of locked memory.
+    /// Errors of the kernel: `ENOSYS` on kernels without io_uring, `EPERM` if it is forbidden, `ENOMEM`
+    /// beyond the limit of locked memory.
     pub fn probe() -> io::Result<Self> {
         let rings = Self { pool: Arc::default(), origin: ForkGuard::new() };
         let ring = rings.ring(&rings.lock())?;
@@ -185,8 +185,8 @@ impl Ring {
         self.queue.submit_and_wait(1)
     }
 
-    /// Writes `bytes` at `offset`. Returns how many bytes from the first on were written, or the error if
-    /// none.
+    /// Writes `bytes` at `offset`. Returns how many bytes from the first on were written, or the error if no
+    /// byte was written.
     fn write(&mut self, fd: RawFd, bytes: &[u8], offset: u64) -> io::Result<usize> {
         let pieces = bytes.len().div_ceil(PIECE);
         let slice = |index: usize| &bytes[index * PIECE..bytes.len().min((index + 1) * PIECE)];
@@ -427,8 +427,8 @@ mod tests {
     }
 
     /// Regression: after a failed submission, pieces that the kernel had not taken were no longer counted,
-    /// but the call that waited for the others still submitted them: the write returned while the kernel
-    /// still read its bytes.
+    /// but the call that waited for the other pieces still submitted them. So the write returned while the
+    /// kernel still read its bytes.
     #[test]
     fn pieces_that_were_not_taken_when_a_submission_failed_are_never_submitted() {
         let Some(uring) = uring() else { return };

@@ -1,4 +1,4 @@
-//! An attempt: objects under a prefix that no other attempt has, and the change of the root that makes it a
+//! An attempt: objects under a prefix that no other attempt has. One change of the root object makes it a
 //! step.
 
 use super::client::Client;
@@ -23,7 +23,7 @@ use std::time::Instant;
 /// Whole files of this length and more are written like shards.
 const WORTHWHILE: usize = 8 << 20;
 
-/// What is known of the files that this process writes.
+/// The state of the files that this process writes.
 #[derive(Default)]
 struct Progress {
     made: BTreeSet<String>,
@@ -59,14 +59,14 @@ enum Phase {
         /// The step that it replaced.
         displaced: Option<Entry>,
     },
-    /// The publish failed: as far as is known, the attempt is no step.
+    /// The publish failed: as far as is known, the attempt is not a step.
     Failed,
     /// The publish may have happened.
     Unclear,
     Over,
 }
 
-/// See the module.
+/// An attempt in an object store; see the module.
 pub(super) struct ObjectAttempt {
     inner: Arc<Inner>,
     name: String,
@@ -74,7 +74,7 @@ pub(super) struct ObjectAttempt {
     generation: u64,
     progress: Arc<Mutex<Progress>>,
     phase: Mutex<Phase>,
-    /// Keeps the attempt alive. None on other ranks than 0, which neither publish nor delete.
+    /// Keeps the attempt alive. None on ranks other than 0, which neither publish nor delete.
     leads: Option<Arc<()>>,
 }
 
@@ -85,7 +85,7 @@ impl fmt::Debug for ObjectAttempt {
 }
 
 impl ObjectAttempt {
-    /// Begins an attempt, and remembers that it is alive.
+    /// Begins an attempt, and records that it is alive.
     pub fn begin(
         inner: &Arc<Inner>,
         step: &str,
@@ -99,7 +99,7 @@ impl ObjectAttempt {
             let taken = !overwrite && state.step(step).is_some();
             if taken { Err(conflict("the step exists", inner.path(step))) } else { Ok(()) }
         };
-        // What was seen last is enough to begin, but not to refuse.
+        // The root as it was last seen is enough to begin, but not to refuse.
         if inner.root.last_seen().is_none_or(|state| allow(&state).is_err()) {
             allow(&inner.root.read()?.ok_or_else(|| inner.vanished())?)?;
         }
@@ -135,7 +135,7 @@ impl ObjectAttempt {
         self.inner.path(&self.name)
     }
 
-    /// Takes the name of a file, which an attempt has once.
+    /// Takes the name of a file. An attempt has each name only once.
     fn take(&self, file: &str) -> Result<String> {
         name::check_file(file).map_err(|error| error.with_kind(ErrorKind::Invalid).with_path(self.path()))?;
         if !matches!(*self.phase(), Phase::Open) {
@@ -165,7 +165,7 @@ impl ObjectAttempt {
         Err(Error::invalid(why).with_path(self.path()))
     }
 
-    /// What the root is to say when this attempt is its step.
+    /// Makes the state of the root in which this attempt is the step.
     fn edit(&self, state: &State, overwrite: bool, displaced: &mut Option<Entry>) -> Result<Edit> {
         self.inner.check_owned(state, self.generation)?;
         if state.vetoed.contains(&self.attempt) {
@@ -240,7 +240,7 @@ impl Writing for ObjectAttempt {
             Ok(()) => *phase = Phase::Published { displaced },
             Err(error) if error.kind() == ErrorKind::Indeterminate => {
                 *phase = Phase::Unclear;
-                // It may be a step yet: only a later session knows.
+                // The attempt may become a step yet. Only a later session can know.
                 self.inner.live.forget(self.attempt);
             }
             Err(_) => *phase = Phase::Failed,
@@ -272,7 +272,7 @@ impl Writing for ObjectAttempt {
                 Err(Error::new(ErrorKind::Indeterminate, "an attempt that may be published is left alone")
                     .with_path(self.path()))
             }
-            // A step loses no objects, however its publish was judged.
+            // Never delete objects of a step, whatever result its publish had.
             Phase::Failed if self.root().read()?.is_some_and(|root| root.names(&self.directory())) => {
                 *phase = Phase::Unclear;
                 self.inner.live.forget(self.attempt);
@@ -292,12 +292,12 @@ impl Writing for ObjectAttempt {
 }
 
 impl SharedWriting for ObjectAttempt {
-    /// Does nothing: an object that is put has its name.
+    /// Does nothing: an object has its name when it is put.
     fn sync_names(&self) -> Result<()> {
         self.check_sealed()
     }
 
-    /// Takes nothing: what decides between a publish and a veto is which of them changes the root first.
+    /// Does nothing: of a publish and a veto, the one that changes the root first wins.
     fn claim(&self) -> Result<()> {
         self.check_sealed()
     }
@@ -306,7 +306,7 @@ impl SharedWriting for ObjectAttempt {
         let mut vetoed = Vetoed::Done;
         self.root().change(&|state| state.vetoed.contains(&self.attempt), &mut |state| {
             let state = state.ok_or_else(|| self.inner.vanished())?;
-            // A newer session may have replaced a step that this attempt was.
+            // This attempt may have been a step that a newer session has replaced.
             if state.names(&self.directory()) || state.generation != self.generation {
                 vetoed = Vetoed::TooLate;
                 return Ok(Edit::Nothing);

@@ -1,9 +1,10 @@
-//! Requests to one store: each with a deadline, and with retries that are signed afresh.
+//! Requests to one store. Each request has a deadline, and its retries are signed again.
 //!
-//! The crate repeats a request by itself only for seconds, because its repeats carry the first signature.
-//! What lasts longer is repeated here, after a pause that grows and varies, while the *budget* of the store
-//! lasts: a store that refuses everything is not asked by all of its callers at full rate.
-//! **Conditions.** A conditional put is never repeated here: its answer alone decides nothing, see `root`.
+//! The crate repeats a request by itself only for seconds, because its repeats carry the first signature. For
+//! longer failures this module repeats the request, after a pause that grows and varies, while the *budget*
+//! of the store lasts. So callers do not send repeats at full rate to a store that refuses everything.
+//! **Conditions.** This module never repeats a conditional put, because its answer alone decides nothing; see
+//! `root`.
 
 use super::errors;
 use super::runtime;
@@ -21,12 +22,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// What a store must be able to do.
+/// The operations that a store must support.
 pub(super) trait Store: ObjectStore + MultipartStore {}
 
 impl<T: ObjectStore + MultipartStore> Store for T {}
 
-/// How long a small request is tried in all.
+/// The total time for which a small request is tried.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long one try of a small request may take.
@@ -38,20 +39,20 @@ const LISTING: Duration = Duration::from_secs(3600);
 /// Most keys that are deleted by one request.
 const KEYS: usize = 1000;
 
-/// The slowest rate at which bytes are expected to pass, in bytes per second: a try of a large request has
-/// this much more time.
+/// The lowest rate at which bytes are expected to be transferred, in bytes per second. It sets how much more
+/// time a try of a large request gets.
 const LEAST_RATE: u64 = 1 << 20;
 
 /// The first pause before a repeat; each later one is twice as long, up to the longest.
 pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(100);
 pub(super) const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// Repeats that the budget holds at most, and how many come in each second. Without budget a repeat waits for
-/// the longest pause.
+/// The maximum number of repeats in the budget, and how many are added each second. Without budget a repeat
+/// waits for the longest pause.
 const BUDGET: f64 = 100.0;
 const REFILL: f64 = 5.0;
 
-/// One store and a prefix in it. Clones are of the same store and share its budget.
+/// One store and a prefix in it. Clones use the same store and share its budget.
 #[derive(Clone)]
 pub(super) struct Client {
     store: Arc<dyn Store>,
@@ -86,7 +87,7 @@ impl Client {
         Self { store, prefix, name, patience: PATIENCE, budget: Arc::default(), probed, worked }
     }
 
-    /// Whether the store is known to hear conditions.
+    /// True if a probe has shown that the store respects conditions.
     pub fn is_probed(&self) -> bool {
         self.probed.load(Ordering::Relaxed)
     }
@@ -100,12 +101,12 @@ impl Client {
         Self { prefix, name: name.trim_end_matches('/').into(), ..self.clone() }
     }
 
-    /// Sets how long a small request is tried in all: a minute.
+    /// Sets the total time for which a small request is tried: a minute.
     pub fn with_patience(self, patience: Duration) -> Self {
         Self { patience, ..self }
     }
 
-    /// How long a small request is tried in all.
+    /// The total time for which a small request is tried.
     pub fn patience(&self) -> Duration {
         self.patience
     }
@@ -135,15 +136,14 @@ impl Client {
         Duration::from_secs(bytes / LEAST_RATE)
     }
 
-    /// The key `name` below the prefix, as the store has it.
+    /// The key `name` below the prefix, in the form that the store uses.
     pub fn key(&self, name: &str) -> Key {
         let parts = name.split('/').filter(|part| !part.is_empty());
         parts.fold(self.prefix.clone(), |key, part| key.join(part))
     }
 
-    /// Runs `request` until it succeeds, fails for good or the deadline passes, and blocks this thread.
-    /// `what` says in an error what could not be done to `key`. The request must be harmless when it is done
-    /// twice.
+    /// Runs `request` until it succeeds, fails permanently or the deadline passes, and blocks this thread. In
+    /// an error, `what` says what could not be done to `key`. The request must be idempotent.
     pub fn call<T, R>(
         &self,
         what: &'static str,
@@ -216,10 +216,10 @@ impl Client {
         }
     }
 
-    /// The object at `key`, whole, with its description. None if there is none.
+    /// The whole object at `key`, with its metadata. None if there is no such object.
     ///
     /// # Errors
-    /// `Corrupt` if it is longer than `limit` bytes; those of the store.
+    /// `Corrupt` if the object is longer than `limit` bytes; errors of the store.
     pub fn get(
         &self,
         what: &'static str,
@@ -233,7 +233,7 @@ impl Client {
         }
     }
 
-    /// The same, unless the object still has the ETag `known`.
+    /// As `get`, but does not fetch the object if it still has the ETag `known`.
     pub fn get_unless(
         &self,
         what: &'static str,
@@ -275,8 +275,8 @@ impl Client {
         })
     }
 
-    /// Sends one conditional put, once, and returns the version that it made, if the store tells it. No error
-    /// decides by itself what became of it: it may have arrived, or may still arrive.
+    /// Sends one conditional put, once, and returns the version that it made, if the store tells it. An error
+    /// alone does not tell the outcome: the put may have arrived, or may still arrive.
     pub fn put_if(
         &self,
         key: &str,
@@ -310,8 +310,8 @@ impl Client {
         }
     }
 
-    /// Deletes objects; those that are not there count as deleted. The deadline is that of the first
-    /// thousand; more have more time.
+    /// Deletes objects. Missing objects count as deleted. The deadline applies to the first thousand objects;
+    /// more objects get more time.
     pub fn delete(&self, what: &'static str, keys: Vec<Key>, deadline: Instant) -> Result<()> {
         for (index, keys) in keys.chunks(KEYS).enumerate() {
             let deadline = if index == 0 { deadline } else { self.deadline() };
@@ -333,8 +333,8 @@ impl Client {
         Ok(())
     }
 
-    /// All objects below `key`. A listing that fails is begun anew until `deadline`; one that goes on is not
-    /// ended by it.
+    /// All objects below `key`. A listing that fails is started again until `deadline`. The deadline does not
+    /// end a listing that makes progress.
     pub fn list(&self, what: &'static str, key: &str, deadline: Instant) -> Result<Vec<ObjectMeta>> {
         let (client, name) = (self.clone(), key.to_owned());
         let work = async move {
@@ -351,7 +351,7 @@ impl Client {
         runtime::run(end, work)?.unwrap_or_else(|| Err(self.late(what, key)))
     }
 
-    /// What `answer` means, after all that this client has seen.
+    /// The meaning of `answer`, given whether a request of this client has succeeded before.
     pub fn meaning(&self, answer: &object_store::Error) -> errors::Meaning {
         errors::meaning(answer, self.has_worked())
     }
@@ -360,44 +360,45 @@ impl Client {
         self.worked.load(Ordering::Relaxed)
     }
 
-    /// The error that `what` on `key` failed by `answer`.
+    /// The error for `what` on `key`, which failed with `answer`.
     pub fn error(&self, what: &str, key: &str, answer: &object_store::Error) -> Error {
         errors::error(what, &self.name, key, answer, self.has_worked())
     }
 
-    /// The error that `what` on `key` had no answer in time.
+    /// The error for `what` on `key`, which had no answer in time.
     pub fn late(&self, what: &str, key: &str) -> Error {
         let why = format!("cannot {what}: the store did not answer in time: check the network and the store");
         Error::new(ErrorKind::Unavailable, why).with_path(format!("{}/{key}", self.name))
     }
 }
 
-/// The next of what a store sends, unless it takes longer than one try.
+/// The next item that a store sends, unless it takes longer than one try.
 async fn in_time<T>(next: impl Future<Output = T>) -> object_store::Result<T> {
     tokio::time::timeout(TRY, next).await.map_err(|_| errors::late())
 }
 
-/// What a get has found.
+/// The result of a get.
 pub(super) enum Fetched {
     Absent,
-    /// The object has the ETag that was known.
+    /// The object still has the known ETag.
     Same,
     Whole(Bytes, ObjectMeta),
 }
 
-/// Why a conditional put did not succeed, as far as the store says.
+/// Why a conditional put did not succeed, as far as the store tells.
 #[derive(Debug)]
 pub(super) struct Answered {
     pub error: Error,
     /// The store refused the condition, or says so.
     pub refused: bool,
-    /// The store got one request and did not do it, whatever its condition.
+    /// The store received exactly one request and did not carry it out, for a reason other than its
+    /// condition.
     pub certain: bool,
     /// No request left this process.
     pub unsent: bool,
 }
 
-/// A bound on repeats, shared by all requests to a store.
+/// A limit on repeats, shared by all requests to a store.
 struct Budget(Mutex<(f64, Instant)>);
 
 impl Default for Budget {
@@ -407,7 +408,7 @@ impl Default for Budget {
 }
 
 impl Budget {
-    /// Takes a repeat from what has come in since the last; false when there is none.
+    /// Adds the repeats that are due since the last call, and takes one. False if there is none.
     fn take(&self) -> bool {
         let (left, last) = &mut *lock(&self.0);
         let now = Instant::now();
@@ -421,7 +422,8 @@ impl Budget {
     }
 }
 
-/// A pause of half to three halves of `pause`, so that those who failed together do not return together.
+/// A pause of half to three halves of `pause`, so that requests that failed together are not repeated
+/// together.
 pub(super) fn varied(pause: Duration) -> Duration {
     let fraction = f64::from(uuid::Uuid::new_v4().as_fields().0) / f64::from(u32::MAX);
     pause.mul_f64(0.5 + fraction)

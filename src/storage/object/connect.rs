@@ -8,7 +8,8 @@ use std::sync::Arc;
 /// Opens the store of `url`, with credentials and settings from the environment.
 ///
 /// # Errors
-/// `Invalid` when this build has no such store, or a setting of the environment cannot be used.
+/// `Invalid` when this build does not include this kind of store, or a setting of the environment cannot be
+/// used.
 pub(super) fn connect(url: &Url) -> Result<Arc<dyn Store>> {
     #[cfg(not(all(feature = "s3", feature = "gcs", feature = "azure")))]
     let absent = |feature: &str| {
@@ -39,29 +40,29 @@ mod settings {
     use object_store::{BackoffConfig, ClientOptions, RetryConfig};
     use std::time::Duration;
 
-    /// A store that does not accept a connection, or is silent, for so long does not answer.
+    /// A store that does not accept a connection, or is silent, for this long counts as not answering.
     const CONNECT: Duration = Duration::from_secs(5);
     const SILENCE: Duration = Duration::from_secs(30);
 
-    /// Each request has a deadline of ours, which follows from its length.
+    /// Each request has a deadline of our own, which depends on its length.
     pub(super) fn client(plain: bool) -> ClientOptions {
         let options = ClientOptions::new().with_timeout_disabled().with_connect_timeout(CONNECT);
         options.with_read_timeout(SILENCE).with_allow_http(plain)
     }
 
-    /// Whether a setting of the environment says yes.
+    /// True if a setting of the environment is switched on.
     #[cfg(any(feature = "s3", feature = "azure"))]
     pub(super) fn is_on(value: Option<String>) -> bool {
         value.is_some_and(|value| matches!(&*value.to_ascii_lowercase(), "true" | "1"))
     }
 
-    /// Whether this endpoint has no TLS.
+    /// True if this endpoint has no TLS.
     pub(super) fn is_plain(endpoint: Option<String>) -> bool {
         endpoint.is_some_and(|endpoint| endpoint.starts_with("http://"))
     }
 
-    /// Requests are repeated above the crate, with a fresh signature, and only there: so an answer is that to
-    /// one request.
+    /// Switches off the retries of the crate. `client` repeats requests, with a new signature, so each answer
+    /// belongs to one request.
     pub(super) fn retry() -> RetryConfig {
         let backoff = BackoffConfig::default();
         RetryConfig { backoff, max_retries: 0, retry_timeout: Duration::from_secs(10) }
@@ -91,9 +92,9 @@ mod s3 {
             .with_retry(retry())
             .with_http_connector(Connector);
         if !plain || unsigned {
-            // TLS protects the body on its way; the checksum, what the store does with it. Without TLS the
-            // signature covers a SHA-256 of the body, at three times the CPU time, unless the user renounces
-            // it.
+            // TLS protects the body in transit, and the checksum protects it inside the store. Without TLS
+            // the signature covers a SHA-256 of the body, at three times the CPU time, unless the user
+            // disables that.
             builder = builder.with_unsigned_payload(true).with_checksum_algorithm(Checksum::CRC64NVME);
         }
         Ok(Arc::new(builder.build().map_err(|error| unusable(url, &error))?))

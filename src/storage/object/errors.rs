@@ -1,22 +1,21 @@
-//! What the answers of object stores mean: which kind of error each is, and whether the same request may
-//! succeed later.
+//! Interprets the answers of object stores: the kind of error, and whether the same request may succeed
+//! later.
 //!
-//! The crate `object_store` keeps the status and the store's own code only in the text of its errors, so they
-//! are read from that text.
-//! **Secrets.** The text that goes into an error of ours is the store's code and message alone: bodies can
-//! repeat what was signed, and addresses can carry a token.
+//! The crate `object_store` keeps the status and the store's own code only in the text of its errors, so this
+//! module reads them from that text. **Secrets.** An error of ours contains only the store's code and
+//! message, because bodies can repeat signed text, and addresses can contain a token.
 
 use crate::error::{Error, ErrorKind};
 use object_store::Error as Answer;
 use std::fmt;
 
-/// What an answer means.
+/// The meaning of an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Meaning {
     pub kind: ErrorKind,
-    /// The same request, signed afresh, may succeed soon.
+    /// The same request, signed again, may succeed soon.
     pub again: bool,
-    /// What to do about it.
+    /// Advice to the user.
     pub advice: &'static str,
 }
 
@@ -32,33 +31,33 @@ impl Meaning {
 
 const FORBIDDEN: Meaning = Meaning::last(ErrorKind::Invalid, "the credentials may not do this: check the policy");
 
-/// True where the object is not there.
+/// True if the object does not exist.
 pub(super) fn is_missing(answer: &Answer) -> bool {
     matches!(answer, Answer::NotFound { .. }) && code(&text(answer)) != Some("NoSuchBucket")
 }
 
-/// True where the store refused a condition, or says so: never an outcome by itself.
+/// True if the store refused a condition, or says so. That alone never decides the outcome.
 pub(super) fn is_refused(answer: &Answer) -> bool {
     matches!(answer, Answer::AlreadyExists { .. } | Answer::Precondition { .. })
 }
 
-/// The answer of a store that gives none in time.
+/// Stands for the missing answer of a store that gives none in time.
 pub(super) fn late() -> Answer {
     Answer::Generic { store: "store", source: "the store did not answer in time".into() }
 }
 
-/// What the crate says of an answer without a header such as the ETag: the request was done.
+/// The text of the crate for an answer without a header such as the ETag. The request was carried out.
 const INCOMPLETE: &str = "Header missing from response";
 
-/// True where the store got one request and did not do it: it was not a repeat of one that may have been
-/// done.
+/// True if the store received exactly one request and did not carry it out, so that it was not a repeat of a
+/// request that may have been carried out.
 pub(super) fn is_certain(answer: &Answer, worked: bool) -> bool {
     let text = text(answer);
     let done = [" retries, max_retries", INCOMPLETE].iter().any(|what| text.contains(what));
     !is_refused(answer) && !meaning(answer, worked).again && !done
 }
 
-/// What `answer` means to a client for which a request has `worked` before, or none yet.
+/// The meaning of `answer` for a client. `worked`: a request of the client has succeeded before.
 pub(super) fn meaning(answer: &Answer, worked: bool) -> Meaning {
     use ErrorKind::{Conflict, Invalid, NoSpace, NotFound, Unavailable};
     let text = text(answer);
@@ -74,7 +73,7 @@ pub(super) fn meaning(answer: &Answer, worked: bool) -> Meaning {
         "ExpiredToken" | "TokenRefreshRequired" => {
             return Meaning::passing(Unavailable, "the credentials have expired: renew them");
         }
-        // A list that is refused is no `PermissionDenied`.
+        // The crate does not report a refused listing as `PermissionDenied`.
         "AccessDenied" | "AuthorizationFailure" | "AuthorizationPermissionMismatch" => return FORBIDDEN,
         "RequestTimeout" | "BadDigest" | "IncompleteBody" | "XAmzContentSHA256Mismatch" => {
             return Meaning::passing(Unavailable, "the bytes did not arrive whole: check the network");
@@ -94,7 +93,7 @@ pub(super) fn meaning(answer: &Answer, worked: bool) -> Meaning {
     if says("169.254.169.254") || says("metadata.google.internal") || says("169.254.170.2") {
         let advice = "no credentials were found: set them in the environment, as AWS_ACCESS_KEY_ID and \
             AWS_SECRET_ACCESS_KEY, or run where the cloud gives them (files such as ~/.aws are not read)";
-        // Credentials that were there once are there again when the machine's metadata are.
+        // Credentials that worked before return when the machine's metadata are available again.
         return if worked { Meaning::passing(Unavailable, advice) } else { Meaning::last(Invalid, advice) };
     }
     if says(INCOMPLETE) {
@@ -103,12 +102,12 @@ pub(super) fn meaning(answer: &Answer, worked: bool) -> Meaning {
         return Meaning::last(Invalid, advice);
     }
     if let Some(advice) = handshake(&text) {
-        // A store that was trusted once is so again when its certificate is renewed.
+        // A store that was trusted before is trusted again when its certificate is renewed.
         return if worked { Meaning::passing(Unavailable, advice) } else { Meaning::last(Invalid, advice) };
     }
     match answer {
         Answer::NotFound { .. } => Meaning::last(NotFound, "no such object"),
-        // What has no condition is refused so while another request changes the same object.
+        // A request without a condition gets this answer while another request changes the same object.
         Answer::AlreadyExists { .. } => Meaning::passing(Unavailable, "another request was in the way of this one"),
         Answer::Precondition { .. } | Answer::NotModified { .. } => {
             Meaning::last(Conflict, "the store refused the condition")
@@ -128,7 +127,7 @@ pub(super) fn meaning(answer: &Answer, worked: bool) -> Meaning {
     }
 }
 
-/// What to do about a TLS handshake that failed; None for texts of other failures.
+/// Advice for a TLS handshake that failed. None for texts of other failures.
 fn handshake(text: &str) -> Option<&'static str> {
     let says = |what: &str| text.contains(what);
     if says("No CA certificates were loaded") {
@@ -142,7 +141,7 @@ fn handshake(text: &str) -> Option<&'static str> {
     if !says("invalid peer certificate") {
         return None;
     }
-    // An authority that was made anew under its old name has another key.
+    // An authority that was created again under its old name has another key.
     Some(if says("UnknownIssuer") || says("BadSignature") {
         "this machine does not trust the authority that signed the endpoint's certificate: set SSL_CERT_FILE to the \
             certificate of that authority"
@@ -155,7 +154,7 @@ fn handshake(text: &str) -> Option<&'static str> {
     })
 }
 
-/// The error that `what` on `key` of the store `name` failed by `answer`.
+/// The error for `what` on `key` of the store `name`, which failed with `answer`.
 pub(super) fn error(what: &str, name: &str, key: &str, answer: &Answer, worked: bool) -> Error {
     let Meaning { kind, advice, .. } = meaning(answer, worked);
     let error = Error::new(kind, format!("cannot {what}: {advice}"));
@@ -203,7 +202,7 @@ fn code(text: &str) -> Option<&str> {
 /// Maximum length of the store's words in an error, in characters.
 const MOST_WORDS: usize = 400;
 
-/// The part of a text that helps and has no secrets.
+/// The useful part of a text, without secrets.
 fn short(text: &str) -> String {
     let said = match (element(text, "Code"), element(text, "Message")) {
         (Some(code), Some(message)) => format!("{code}: {message}"),

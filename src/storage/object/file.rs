@@ -1,14 +1,13 @@
-//! Writing a file of an attempt: an upload in parts, sent from the slabs that hold the bytes.
+//! Writes a file of an attempt: an upload in parts, sent from the slabs that hold the bytes.
 //!
-//! **Protocol.** A file of one part is put whole. Of a longer one, the first part that is complete makes the
-//! upload and a record of it (`<attempt>/uploads/<file>`, from which a sweep aborts it); each part is sent by
-//! the writer that completes it; `seal` completes the upload and deletes the record.
-//! **Completion.** The writer blocks until the store has the part, so as many parts are in flight as there
-//! are writers. An upload whose completion was not answered is judged by what is at its key, which no other
-//! file ever has.
-//! **Memory.** A slab returns to the arena when the parts that it has bytes of are stored or given up, and no
-//! connection holds them (`uploads`).
-//! **Failure.** A part is tried until the patience of the store or the save ends; then the file is lost.
+//! **Protocol.** A file of one part is put whole. For a longer file, the first complete part makes the upload
+//! and a record of it (`<attempt>/uploads/<file>`), from which a sweep can abort the upload. The writer that
+//! completes a part sends it. `seal` completes the upload and deletes the record. **Completion.** The writer
+//! blocks until the store has the part, so as many parts are in flight as there are writers. If the
+//! completion of an upload was not answered, the object at its key decides. No other file ever has this key.
+//! **Memory.** A slab returns to the arena when all parts with bytes in it are stored or given up, and no
+//! connection holds these bytes (`uploads`). **Failure.** A part is tried until the patience of the store or
+//! the save ends; then the file is lost.
 
 use super::client::Client;
 use super::parts::{Limits, Parts, Ready};
@@ -30,26 +29,26 @@ use std::time::{Duration, Instant};
 /// Shorter requests are sent from a copy of their bytes.
 pub(super) const LONG: usize = 64 << 10;
 
-/// How long one try of a part may take, beside the time for its bytes.
+/// How long one try of a part may take, not counting the time for its bytes.
 const TRY: Duration = Duration::from_secs(15);
 
 /// How long a store may take to put the parts of an upload together.
 const COMPLETION: Duration = Duration::from_secs(300);
 
-/// How long the record of a complete upload is tried to be deleted, before a sweep does it.
+/// How long `seal` tries to delete the record of a complete upload. After that a sweep deletes it.
 const RECORD: Duration = Duration::from_secs(5);
 
-/// What an attempt hears of its files, and tells them.
+/// The link between an attempt and its files.
 pub(super) trait Counted: Send + Sync {
     /// A file is sealed.
     fn sealed(&self);
     /// A file is lost, and the attempt with it.
     fn lost(&self);
-    /// How the executor writes; None if the storage was not told.
+    /// How the executor writes. None if the storage was not told.
     fn writers(&self) -> Option<Writers> {
         None
     }
-    /// When the save fails if it has not ended; None if it may take any time.
+    /// When the save fails if it has not ended. None if there is no such limit.
     fn expires(&self) -> Option<Instant> {
         None
     }
@@ -62,7 +61,7 @@ pub(super) struct ObjectFile {
     len: u64,
     part: u64,
     parts: Mutex<Parts>,
-    /// The upload, once a part of several is complete.
+    /// The upload of a file of several parts, once the first part is complete.
     upload: OnceLock<Result<MultipartId>>,
     attempt: Arc<dyn Counted>,
 }
@@ -77,7 +76,7 @@ impl ObjectFile {
     /// A new file of `len` bytes at `key`, which no other file ever has.
     ///
     /// # Errors
-    /// `Invalid` when the file is too long for a store, or the arena too small for its parts.
+    /// `Invalid` when the file is too long for a store, or the arena is too small for its parts.
     pub fn create(client: &Client, key: String, len: u64, attempt: Arc<dyn Counted>) -> Result<Self> {
         Self::within(Limits::STORES, client, key, len, attempt)
     }
@@ -108,7 +107,7 @@ impl ObjectFile {
         format!("{attempt}/uploads/{file}")
     }
 
-    /// Gives the file up, if `done` is an error.
+    /// Marks the file as lost if `done` is an error.
     fn lost_by<T>(&self, done: Result<T>) -> Result<T> {
         done.map_err(|error| {
             let error = self.located(error);
@@ -119,7 +118,7 @@ impl ObjectFile {
         })
     }
 
-    /// When requests that need `time` beside the patience of the client are given up.
+    /// The deadline of requests that need `time` in addition to the patience of the client.
     fn deadline(&self, time: Duration) -> Instant {
         let deadline = self.client.deadline().checked_add(time).unwrap_or_else(|| self.client.deadline());
         self.attempt.expires().map_or(deadline, |expires| deadline.min(expires))
@@ -138,7 +137,7 @@ impl ObjectFile {
 
     fn add(&self, offset: u64, bytes: Bytes) -> Result<()> {
         let ready = self.lost_by(lock(&self.parts).add(offset, &bytes))?;
-        // What is left of the slab is in the parts alone.
+        // From here on only the parts hold bytes of the slab.
         drop(bytes);
         for Ready { index, payload } in ready {
             let id = self.lost_by(self.send(index, payload))?;
@@ -147,15 +146,15 @@ impl ObjectFile {
         Ok(())
     }
 
-    /// Stores a part, and returns the store's name for it; None for a file of one part.
+    /// Stores a part, and returns the store's name for it. None for a file of one part.
     fn send(&self, index: usize, payload: PutPayload) -> Result<Option<PartId>> {
         let bytes = payload.content_length();
-        // Few bytes are copied: whatever becomes of the connection, it holds no slab for them.
+        // Short payloads are copied, so that the connection never holds a slab for them.
         let payload = if bytes < LONG { PutPayload::from_bytes(owned(&payload)) } else { payload };
         let several = self.len > self.part;
         let id = if several { Some(self.upload()?) } else { None };
         let each = TRY + Client::time_for(bytes as u64);
-        // A part outlasts a store that is away for a minute.
+        // Long enough that a part survives an outage of the store of a minute.
         let deadline = self.deadline(each.saturating_mul(4));
         let (client, key) = (self.client.clone(), self.key.clone());
         self.run("write the file", deadline, async move {
@@ -172,7 +171,7 @@ impl ObjectFile {
         })
     }
 
-    /// The upload; the first call makes it and its record.
+    /// Returns the upload. The first call makes the upload and its record.
     fn upload(&self) -> Result<MultipartId> {
         let make = || {
             let (client, key, record) = (self.client.clone(), self.key.clone(), self.record());
@@ -203,11 +202,12 @@ impl ObjectFile {
                 async move {
                     let count = parts.len();
                     let Err(answer) = store.complete_multipart(&key, &id, parts).await else { return Ok(()) };
-                    // An answer that is no success may be that to a repeat of what had succeeded.
+                    // An answer other than success may be the answer to a repeat of a request that had
+                    // succeeded.
                     let head = GetOptions { head: true, ..GetOptions::default() };
                     match store.get_opts(&key, head).await {
                         Ok(there) if is_upload(&there.meta, len, count) => Ok(()),
-                        // Nothing is known yet: both are sent again.
+                        // Nothing is known yet, so both requests are sent again.
                         Err(unknown) if asking.meaning(&unknown).again => Err(unknown),
                         _ => Err(answer),
                     }
@@ -225,7 +225,7 @@ impl ObjectFile {
         let Some(id) = self.upload.get() else { return Ok(()) };
         self.complete(id.clone()?, ids)?;
         let record = self.record();
-        // The file is whole without it.
+        // The file is whole even if the record stays.
         let shortly = deadline_after(RECORD).min(self.client.deadline());
         let deleted = self.client.delete("delete the record", vec![self.client.key(&record)], shortly);
         if let Err(error) = deleted {
@@ -239,16 +239,17 @@ impl ObjectFile {
     }
 }
 
-/// Says of a store that did not answer in time that it was the save's deadline that passed.
+/// Changes the error of a store that did not answer in time into the save's own `Deadline`, if that deadline
+/// has passed.
 pub(super) fn expired(error: Error, expires: Option<Instant>) -> Error {
     let passed = expires.is_some_and(|expires| Instant::now() >= expires);
     if passed && error.kind() == ErrorKind::Unavailable { error.with_kind(ErrorKind::Deadline) } else { error }
 }
 
-/// True when what is at the key of an upload is the whole file. Nothing else is ever put there.
+/// True if the object at the key of an upload is the whole file. Nothing else is ever put there.
 fn is_upload(there: &ObjectMeta, len: u64, parts: usize) -> bool {
     let tag = there.e_tag.as_deref().unwrap_or_default().trim_matches('"');
-    // Amazon's tag of an object ends with the number of its parts; others' do not.
+    // At Amazon the ETag of an object ends with the number of its parts. At other stores it does not.
     let count = tag.rsplit_once('-').filter(|(digest, _)| digest.len() == 32).and_then(|(_, n)| n.parse().ok());
     there.size == len && count.is_none_or(|count: usize| count == parts)
 }
@@ -260,12 +261,12 @@ fn owned(payload: &PutPayload) -> Bytes {
     copy.into()
 }
 
-/// Refuses an arena that cannot hold the parts in flight: one for each writer, one that is being filled,
-/// and a chunk that begins the next.
+/// Refuses an arena that cannot hold the parts in flight: one part for each writer, one part that is being
+/// filled, and a chunk that begins the next part.
 fn fits(writers: Writers, part: u64, len: u64) -> Result<()> {
     let Writers { arena, chunk, threads } = writers;
     let parts = len.div_ceil(part).min(threads as u64 + 1);
-    // The ends of parts and chunks differ: a part may lie in one slab more than it fills.
+    // The ends of parts and chunks differ, so a part may lie in one slab more than it fills.
     let shared = if part.is_multiple_of(chunk) || len <= part { 0 } else { chunk };
     let slabs = part.min(len).next_multiple_of(chunk).saturating_add(shared);
     let needed = parts.saturating_mul(slabs).saturating_add(if parts > 1 { chunk } else { 0 });

@@ -1,17 +1,16 @@
 //! Storage in an object store: Amazon S3 and servers that speak its protocol, Google Cloud Storage, Azure
-//! Blob Storage, or any store that the program has opened by the crate `object_store`.
+//! Blob Storage, or any store that the program has opened with the crate `object_store`.
 //!
 //! **Names.** `ashore.json` is the *root object*: it names every step, with its attempt. The objects of an
 //! attempt lie under `<step>/<generation>-<attempt>/`, a prefix that no other attempt ever has. `.ranks/`
-//! holds what the ranks of a session leave for each other.
-//! **Consistency.** A step is what the root object names; a reader begins with it and lists nothing.
-//! **Completion.** An object is durable when the store says that it is put; a step is durable when the root
-//! object that names it is. Only the root object is ever put on a condition.
-//! **Sessions.** A process that writes first *takes the root over*: it raises the generation in the root
-//! object, and from then on no older session can change the steps.
-//! **Crash.** A sweep deletes attempts of older sessions that the root does not name.
-//! **Readers.** A step that is replaced or pruned is deleted while readers may have it open: their next read
-//! is `NotFound`.
+//! holds the notes that the ranks of a session leave for each other. **Consistency.** A step exists if the
+//! root object names it. A reader begins with the root object and lists nothing. **Completion.** An object is
+//! durable when the store acknowledges its put. A step is durable when the root object that names it is
+//! durable. Only the root object is ever put on a condition. **Sessions.** Before it writes, a process *takes
+//! the root over*: it raises the generation in the root object, and from then on no older session can change
+//! the steps. **Crash.** A sweep deletes attempts of older sessions that the root does not name. **Readers.**
+//! A step that is replaced or pruned is deleted while readers may have it open. Their next read returns
+//! `NotFound`.
 //!
 //! Modules from the bottom up: `runtime`, `errors`, `client`, `connect`; then `state`, `root`, `probe`,
 //! `file`, `reading`; then `session`, `sweep`, `attempt`, `step`, `shared`; then [`ObjectStore`].
@@ -78,11 +77,11 @@ use step::ObjectStep;
 pub struct ObjectStore(Arc<Inner>);
 
 impl ObjectStore {
-    /// The steps below `root` in a store that the program has opened. `root` is a URL, of which the store
-    /// gets the path alone, and messages all; it must have no secret in it.
+    /// The steps below `root` in a store that the program has opened. `root` is a URL. The store gets only
+    /// its path. Messages contain the whole URL, so it must not contain a secret.
     ///
     /// # Errors
-    /// `Invalid` when `root` is no URL of the form `scheme://bucket/prefix`.
+    /// `Invalid` when `root` is not a URL of the form `scheme://bucket/prefix`.
     pub fn over<S>(store: Arc<S>, root: &str) -> Result<Self>
     where
         S: object_store::ObjectStore + MultipartStore,
@@ -91,10 +90,10 @@ impl ObjectStore {
         Ok(Self::of(Client::new(store, key(&url)?, &url.to_string())))
     }
 
-    /// Opens the store that a URL such as `s3://bucket/prefix` names. Nothing is asked of it yet.
+    /// Opens the store that a URL such as `s3://bucket/prefix` names. Sends no request to the store yet.
     ///
-    /// Credentials are those of the environment, a web identity, a container or the machine's metadata, and
-    /// are renewed as they expire. Files such as `~/.aws/credentials` are not read.
+    /// Credentials come from the environment, a web identity, a container or the machine's metadata, and are
+    /// renewed as they expire. Files such as `~/.aws/credentials` are not read.
     ///
     /// # Errors
     /// `Invalid` when the URL cannot be used, or this build has no such store.
@@ -108,14 +107,14 @@ impl ObjectStore {
         Self(Arc::new(Inner::new(client)))
     }
 
-    /// Sets how long a request is tried in all, beside the time that its bytes take: a minute. Call it before
-    /// the first use.
+    /// Sets the total time for which a request is tried, not counting the time for its bytes: a minute. Call
+    /// it before the first use.
     #[must_use]
     pub fn patience(self, patience: Duration) -> Self {
         Self::of(self.0.client.clone().with_patience(patience))
     }
 
-    /// Whether there is a root object: a process has saved here before.
+    /// True if there is a root object, that is if a process has saved here before.
     ///
     /// # Errors
     /// Those of the store.
@@ -129,7 +128,7 @@ impl ObjectStore {
         root.as_ref().and_then(|root| root.step(name)).cloned().ok_or_else(|| self.missing(name))
     }
 
-    /// Refuses a session that owned the root before. A process without a session, such as `ashore prune`,
+    /// Refuses a session that no longer owns the root. A process without a session, such as `ashore prune`,
     /// acts for the owner.
     fn check_newest(&self, state: &State) -> Result<()> {
         self.0.generation().map_or(Ok(()), |ours| self.0.check_owned(state, ours))
@@ -171,7 +170,7 @@ fn key(url: &url::Url) -> Result<Key> {
         .map_err(|e| Error::invalid("the store cannot have such keys").with_path(url.to_string()).with_source(e))
 }
 
-/// Refuses names that the store would have to write otherwise.
+/// Refuses names that the store would have to encode.
 fn check_key(name: &str) -> Result<()> {
     if object_store::path::PathPart::from(name).as_ref() == name && name != root::ROOT {
         return Ok(());

@@ -1,8 +1,9 @@
-//! The parts of a file in a store: how long they are, and the bytes that have come of each.
+//! The parts of a file in a store: their lengths, and the bytes of each part that have arrived.
 //!
-//! Chunks come in any order, and their ends are not those of parts: a part is made of pieces of chunks,
-//! without a copy, and a chunk that two parts share stays in its slab until both are stored.
-//! **Completion.** The chunk that completes a part takes the pieces of it; nothing else sends them.
+//! Chunks arrive in any order, and do not end where parts end. So a part consists of pieces of chunks,
+//! without a copy, and a chunk that two parts share stays in its slab until both parts are stored.
+//! **Completion.** The call that adds the last piece of a part takes all of its pieces. Only this caller
+//! sends the part.
 
 use crate::error::{Error, Result};
 use crate::memory::ALIGNMENT;
@@ -11,27 +12,27 @@ use object_store::PutPayload;
 use object_store::multipart::PartId;
 use smallvec::SmallVec;
 
-/// What stores accept as parts of an upload.
+/// The limits of stores for the parts of an upload.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
-    /// The least bytes of a part, except the last.
+    /// The minimum length of a part in bytes, except the last part.
     pub least: u64,
     /// Parts are rounded up to a multiple of this.
     pub unit: u64,
-    /// The most parts of a file.
+    /// The maximum number of parts of a file.
     pub count: u64,
-    /// The most bytes of a part.
+    /// The maximum length of a part in bytes.
     pub most: u64,
 }
 
 impl Limits {
-    /// What every store accepts.
+    /// Limits that every store accepts.
     pub const STORES: Self = Self { least: 8 << 20, unit: 1 << 20, count: 10_000, most: 5 << 30 };
 
     /// The length of the parts of a file of `len` bytes.
     ///
     /// # Errors
-    /// `Invalid` when no store can have such a file.
+    /// `Invalid` when the file is too long for any store.
     pub fn part(&self, len: u64) -> Result<u64> {
         let part = len.div_ceil(self.count).next_multiple_of(self.unit).max(self.least);
         if part > self.most {
@@ -42,7 +43,7 @@ impl Limits {
     }
 }
 
-/// A part whose bytes are all here.
+/// A part of which all bytes have arrived.
 #[derive(Debug)]
 pub(super) struct Ready {
     pub index: usize,
@@ -51,12 +52,12 @@ pub(super) struct Ready {
 
 #[derive(Debug)]
 enum Part {
-    /// The pieces that have come, with their offsets in the file.
+    /// The pieces that have arrived, with their offsets in the file.
     Filling {
         pieces: Vec<(u64, Bytes)>,
         bytes: u64,
     },
-    /// It is being sent.
+    /// The part is being sent.
     Sent,
     Stored(Option<PartId>),
 }
@@ -80,11 +81,12 @@ impl Parts {
         Self { len, part, parts: std::iter::repeat_with(filling).take(count).collect(), sealed: false, lost: None }
     }
 
-    /// Takes the bytes of a chunk at `offset`, and returns the parts that they complete. What lies beyond
-    /// the end of the file is dropped.
+    /// Takes the bytes of a chunk at `offset`, and returns the parts that they complete. Bytes beyond the end
+    /// of the file are dropped.
     ///
     /// # Errors
-    /// Why the file was lost; `Invalid` for bytes that are no chunk of the file, or came before.
+    /// Why the file was lost; `Invalid` for bytes that are not a chunk of the file, or that were added
+    /// before.
     pub fn add(&mut self, offset: u64, bytes: &Bytes) -> Result<SmallVec<[Ready; 2]>> {
         self.check(offset, bytes.len() as u64)?;
         let end = self.len.min(offset + bytes.len() as u64);
@@ -141,14 +143,15 @@ impl Parts {
         Ok(Some(Ready { index, payload }))
     }
 
-    /// Records that a part is stored; `id` is the store's name for it, if it is one of several.
+    /// Records that a part is stored. `id` is the store's name for it, if the file has several parts.
     pub fn stored(&mut self, index: usize, id: Option<PartId>) {
         if let Some(part) = self.parts.get_mut(index) {
             *part = Part::Stored(id);
         }
     }
 
-    /// Gives the file up: its slabs are returned, and every later call has this error. Returns true once.
+    /// Marks the file as lost: its slabs are returned, and every later call returns this error. The first
+    /// call returns true.
     pub fn lose(&mut self, why: &Error) -> bool {
         self.parts.clear();
         let first = self.lost.is_none();

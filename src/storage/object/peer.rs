@@ -1,5 +1,5 @@
-//! A server for tests that speaks as much of the protocol of S3 as uploads and ranges need, and misbehaves
-//! as a test says.
+//! A server for tests. It speaks the part of the protocol of S3 that uploads and ranges need, and misbehaves
+//! as a test requests.
 
 use super::client::Client;
 use super::uploads::Connector;
@@ -21,15 +21,15 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Answer {
     Well,
-    /// The body is never read, and nothing answered, until the peer is well.
+    /// The peer never reads the body and never answers, until it has recovered.
     Deaf,
     /// With this status, before the body, which is never read.
     Early(u16),
     /// With this status, after the body was read.
     Status(u16),
-    /// As well, but the connection is closed before the answer.
+    /// Carries the request out, but closes the connection before the answer.
     Lost,
-    /// The connection is closed after so many bytes of the body of the answer.
+    /// Closes the connection after this many bytes of the body of the answer.
     Cut(usize),
     /// As `Cut`, but the connection stays open and silent.
     Stall(usize),
@@ -37,14 +37,14 @@ pub(super) enum Answer {
     Flip,
 }
 
-/// A request, as far as a test tells one from another.
+/// A request, with the fields by which tests distinguish requests.
 #[derive(Debug)]
 pub(super) struct Asked {
     pub method: String,
     pub key: String,
     pub query: String,
     pub range: Option<Range<usize>>,
-    /// The tag that the object must have; `*` for one that must not exist.
+    /// The tag that the object must have; `*` for an object that must not exist.
     condition: Option<String>,
     /// How many requests came before it.
     pub number: usize,
@@ -96,12 +96,12 @@ impl Peer {
         Self { address, state }
     }
 
-    /// From now on every request is answered well.
+    /// Answers every later request correctly.
     pub fn recover(&self) {
         self.state.well.store(true, Ordering::Release);
     }
 
-    /// A client of it.
+    /// A client of this server.
     pub fn client(&self, patience: Duration) -> Client {
         let retry = RetryConfig {
             backoff: BackoffConfig { init_backoff: Duration::from_millis(5), ..BackoffConfig::default() },

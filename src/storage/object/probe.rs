@@ -1,7 +1,7 @@
-//! Whether a store hears conditions, before the first change of a root depends on them.
+//! Probes whether a store respects conditions, before the first change of a root depends on them.
 //!
-//! It shows that a condition is heard. That a store decides between two requests at once, no probe can show:
-//! that is demanded (`docs/stores.md`).
+//! The probe shows that the store respects a condition. No probe can show that a store decides correctly
+//! between two concurrent requests; `docs/stores.md` demands that.
 
 use super::client::{Answered, Client, Condition, FIRST_PAUSE, LONGEST_PAUSE, varied};
 use crate::error::{Error, ErrorKind, Result};
@@ -10,13 +10,13 @@ use object_store::UpdateVersion;
 use std::time::Instant;
 use uuid::Uuid;
 
-/// How often a put is sent that the store refuses although nothing stands against it.
+/// How often a put is sent that the store refuses although its condition holds.
 const TRIES: usize = 10;
 
-/// Probes the store, once for each client and its relatives.
+/// Probes the store, once for a client and all clients derived from it.
 ///
 /// # Errors
-/// `Invalid` when the store does not hear conditions; errors of the store.
+/// `Invalid` when the store does not respect conditions; errors of the store.
 pub(super) fn conditions(client: &Client) -> Result<()> {
     if client.is_probed() {
         return Ok(());
@@ -31,7 +31,7 @@ pub(super) fn conditions(client: &Client) -> Result<()> {
     Ok(())
 }
 
-/// Puts `text` on a condition, again until the store takes the request or refuses it.
+/// Puts `text` on a condition, and repeats the request until the store accepts or refuses it.
 fn put(
     client: &Client,
     key: &str,
@@ -65,7 +65,7 @@ fn probe(client: &Client, key: &str) -> Result<()> {
         let why = "the store does not hear conditions, so two jobs could publish over each other: use another store";
         Err(Error::invalid(format!("{why} ignored={what:?}")).with_path(client.name()))
     };
-    // S3 refuses a condition also for the sake of a request beside it (409): then nothing has changed.
+    // S3 also refuses a condition because of a concurrent request (409). Then nothing has changed.
     let insist = |text: &'static str, condition: Condition| -> Result<_> {
         let mut tries = 1;
         loop {
@@ -78,7 +78,7 @@ fn probe(client: &Client, key: &str) -> Result<()> {
             tries += 1;
         }
     };
-    // Whatever the answers are, what is there decides.
+    // The stored object decides, whatever the answers were.
     let (first, there) = insist("1", Condition::Absent)?;
     let Some((bytes, e_tag, version)) = there else {
         let lost = || Error::new(ErrorKind::Unavailable, "the store lost a probe").with_path(client.name());

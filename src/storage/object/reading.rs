@@ -1,10 +1,9 @@
-//! Reading the files of a step: ranges of an object, put in place as they arrive.
+//! Reads the files of a step: ranges of an object, copied to their place as they arrive.
 //!
-//! **Protocol.** The thread that reads polls the body itself and copies each frame to where it belongs, so a
-//! request that was dropped can write nowhere any more. A body that stalls, breaks off or is slow is dropped,
-//! and the rest of the range requested anew: the second request usually reaches another server.
-//! **Completion.** `Ok` when every byte has come. Whether they are those that were written is checked above,
-//! by digests.
+//! **Protocol.** The thread that reads polls the body itself and copies each frame to its place, so a dropped
+//! request can no longer write anywhere. A body that stalls, breaks off or is slow is dropped, and the rest
+//! of the range is requested again. The second request usually reaches another server. **Completion.** `Ok`
+//! when every byte has arrived. The layers above check the bytes by digests.
 
 use super::client::Client;
 use super::errors;
@@ -26,10 +25,11 @@ pub(super) fn access() -> Access {
     Access::remote(8 << 20, 16)
 }
 
-/// Bytes that are read when a file is opened, with its length: all of a manifest, the header of a table.
+/// Bytes that are read together with the length when a file is opened: all of a manifest, or the header of a
+/// table.
 const HEAD: u64 = 16 << 10;
 
-/// How long the first answer, or the next bytes of a body, may take before the rest is requested anew. It
+/// How long the first answer, or the next bytes of a body, may take before the rest is requested again. It
 /// doubles with each request, up to the longest.
 const STALL: Duration = Duration::from_secs(2);
 const LONGEST_STALL: Duration = Duration::from_secs(30);
@@ -38,7 +38,7 @@ const LONGEST_STALL: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// Says why an object of a step is not there: after a look at the root, `NotFound` where the step was pruned
+/// Reads the root to find why an object of a step is missing. The error is `NotFound` if the step was pruned
 /// or replaced, else `Corrupt`.
 pub(super) type WhyMissing = Arc<dyn Fn(&str) -> Error + Send + Sync>;
 
@@ -48,7 +48,8 @@ pub(super) struct ObjectReading {
     key: String,
     len: u64,
     modified: Option<SystemTime>,
-    /// Its first bytes, and up to where they were read: a second read asks the store.
+    /// The first bytes of the file, and how many of them were already read. A second read of them asks the
+    /// store.
     head: Bytes,
     read: AtomicU64,
     why_missing: WhyMissing,
@@ -60,12 +61,12 @@ impl fmt::Debug for ObjectReading {
     }
 }
 
-/// Why a request did not bring all of a range.
+/// Why a request did not return all of a range.
 enum Ended {
-    /// The store did not go on within the time.
+    /// The store sent nothing more in time.
     Stalled,
     Answered(object_store::Error),
-    /// Another range than the one requested.
+    /// The store sent another range than the one requested.
     Other(String),
 }
 
@@ -76,7 +77,7 @@ impl From<object_store::Error> for Ended {
 }
 
 impl ObjectReading {
-    /// Opens the file at `key`; None if there is none.
+    /// Opens the file at `key`. None if there is no such file.
     pub fn open(client: &Client, key: String, why_missing: WhyMissing) -> Result<Option<Self>> {
         let first = GetOptions { range: Some(GetRange::Bounded(0..HEAD)), ..GetOptions::default() };
         let open = move |store: Arc<dyn super::client::Store>, key: Key| {
@@ -141,10 +142,11 @@ impl ObjectReading {
         Ok(())
     }
 
-    /// Requests what is left of a range, and counts in `done` what has been put in place.
+    /// Requests the rest of a range, and counts the copied bytes in `done`.
     async fn request(&self, offset: u64, buffer: &mut [u8], done: &mut usize, stall: Duration) -> Result<(), Ended> {
         let (start, end) = (offset + *done as u64, offset + buffer.len() as u64);
-        // All of it in time, too: a body that brings a byte now and then is as good as stalled.
+        // The whole body has a time limit, too, because a body of which a byte arrives now and then is as bad
+        // as a stalled one.
         let latest = Clock::now() + stall + Client::time_for(end - start);
         let limit = || latest.min(Clock::now() + stall);
         let options = GetOptions { range: Some(GetRange::Bounded(start..end)), ..GetOptions::default() };

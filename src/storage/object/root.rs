@@ -1,14 +1,14 @@
-//! Changes of the root object, and the truth about their outcomes.
+//! Changes the root object, and determines the outcome of each change.
 //!
-//! **Protocol.** A change is one put on condition that the root still is the version that the change was made
-//! from. An `Ok` is the outcome. No other answer is: a store may refuse a condition because our own request
-//! had arrived before, or say 409 without an object, or not answer at all. Then the root is read and
-//! [`judge`]d. It has our change, which *landed*. Or another change came first, and ours is *lost*: the
-//! version that it named never comes back, so no late request can land. A root that remembers too few changes
-//! to tell them apart is asked for what the change would have made. Or nothing changed, and the same request
-//! is sent again: the same content under the same condition lands at most once.
-//! **Deadline.** At the deadline an unchanged root is *bumped*, that is changed in its counter alone: then
-//! our request is lost for certain. Only a root that cannot be read or bumped leaves an outcome unknown,
+//! **Protocol.** A change is one put, on the condition that the root still is the version from which the
+//! change was made. An `Ok` decides the outcome. No other answer does: a store may refuse a condition because
+//! our own request had arrived before, or say 409 without an object, or not answer at all. Then this module
+//! reads the root and [`judge`]s it. If the root has our change, the change *landed*. If another change came
+//! first, ours is *lost*: the version that it named never exists again, so no late request can land. If the
+//! root remembers too few changes to tell these cases apart, its content shows whether the change was made.
+//! If nothing changed, the same request is sent again: the same content under the same condition lands at
+//! most once. **Deadline.** At the deadline an unchanged root is *bumped*: a change of its counter alone.
+//! Then our request is lost for certain. Only if the root cannot be read or bumped, the outcome is unknown,
 //! which is `Indeterminate`.
 
 use super::client::{Answered, Client, Condition, Fetched};
@@ -24,10 +24,11 @@ use uuid::Uuid;
 /// The key of the root object.
 pub(super) const ROOT: &str = "ashore.json";
 
-/// How long after its deadline a change is cleared up, so that its outcome is known.
+/// How long after its deadline the outcome of a change may still be determined.
 const GRACE: Duration = Duration::from_secs(30);
 
-/// How often a root object that cannot be parsed is read again: bytes may have been damaged on their way.
+/// How often a root object that cannot be parsed is read again, because its bytes may have been damaged in
+/// transit.
 const READS: usize = 3;
 
 /// The pause before a request is sent again, at first and at most.
@@ -38,11 +39,10 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct Root {
     client: Client,
-    /// What this process last put or read, so that a change needs no read before it. Held during a change:
-    /// the changes of one process come one after another.
+    /// The root that this process last put or read, so that a change needs no read before it. The lock is
+    /// held during a change, so that the changes of one process do not overlap.
     known: Mutex<Option<Seen>>,
-    /// What was read last: a store says of a root that has not changed that it has not, instead of sending
-    /// it.
+    /// The root that was read last. If it has not changed since, the store says so instead of sending it.
     read: Mutex<Option<Seen>>,
 }
 
@@ -53,7 +53,7 @@ struct Seen {
     version: UpdateVersion,
 }
 
-/// What a change wants the root to be.
+/// The state of the root that a change requests.
 #[expect(clippy::large_enum_variant, reason = "one is made for each change, and moved")]
 pub(super) enum Edit {
     To(State),
@@ -63,27 +63,27 @@ pub(super) enum Edit {
 
 /// A change that was sent, and whose outcome is not known.
 struct Sent {
-    /// The state that it was made from; None if there was no root object.
+    /// The state from which the change was made. None if there was no root object.
     from: Option<State>,
     to: State,
     bytes: Bytes,
     condition: Condition,
 }
 
-/// What became of a change that was sent.
+/// The outcome of a change that was sent.
 #[derive(Debug, PartialEq, Eq)]
 enum Judged {
     Landed,
-    /// It did not land, and never will. With `known` it has never landed; without, it may have landed and
+    /// The change will never land any more. With `known` it has never landed. Without, it may have landed and
     /// been replaced since.
     Lost {
         known: bool,
     },
-    /// It did not land, and may still.
+    /// The change did not land, and still may.
     Unchanged,
 }
 
-/// Judges a change with the nonce `nonce`, made from `from`, by what is there now.
+/// Judges a change with the nonce `nonce`, made from `from`, by the present state `now`.
 fn judge(nonce: Uuid, from: Option<&State>, now: Option<&State>) -> Judged {
     let Some(now) = now else {
         return if from.is_none() { Judged::Unchanged } else { Judged::Lost { known: false } };
@@ -92,13 +92,13 @@ fn judge(nonce: Uuid, from: Option<&State>, now: Option<&State>) -> Judged {
         return Judged::Landed;
     }
     let Some(from) = from else {
-        // Every change that there has been is remembered, or not.
+        // Known, if the root remembers every change since the first.
         return Judged::Lost { known: now.change == now.recent.len() as u64 };
     };
     if now.change == from.change && now.nonce() == from.nonce() {
         return Judged::Unchanged;
     }
-    // Every change since then is remembered, or not.
+    // Known, if the root remembers every change since `from`.
     Judged::Lost { known: now.recent.contains(&from.nonce()) }
 }
 
@@ -107,13 +107,13 @@ impl Root {
         Self { client, known: Mutex::new(None), read: Mutex::new(None) }
     }
 
-    /// What the root says now; None if there is no root object.
+    /// Reads the present root. None if there is no root object.
     pub fn read(&self) -> Result<Option<State>> {
         Ok(self.look(self.client.deadline())?.map(|seen| seen.state))
     }
 
-    /// What this process last put or read for a change, without a request. None if it knows nothing, or
-    /// changes the root at present.
+    /// The root that this process last put or read for a change, without a request. None if there is none, or
+    /// if this process is changing the root.
     pub fn last_seen(&self) -> Option<State> {
         Some(self.known.try_lock().ok()?.as_ref()?.state.clone())
     }
@@ -142,13 +142,13 @@ impl Root {
         }
     }
 
-    /// Changes the root: `edit` makes the new state from the one that is there, and may be called several
-    /// times. `landed` says of a root that has forgotten the nonce of the change whether it shows that the
-    /// change was made.
+    /// Changes the root. `edit` makes the new state from the present one, and may be called several times. If
+    /// the root has forgotten the nonce of the change, `landed` tells whether the root shows that the change
+    /// was made.
     ///
     /// # Errors
-    /// Those of `edit`, and any other but `Indeterminate`: the change was not made, and never will be.
-    /// `Indeterminate`: it may have been made, or may still be.
+    /// `Indeterminate`: the change may have been made, or may still be made. Any other error, including the
+    /// errors of `edit`: the change was not made, and never will be.
     pub fn change(
         &self,
         landed: &dyn Fn(&State) -> bool,
@@ -157,7 +157,7 @@ impl Root {
         self.change_until(None, landed, edit)
     }
 
-    /// The same, by `until` if that comes before the client's own deadline.
+    /// As `change`, with the deadline `until` if it is before the client's own deadline.
     pub fn change_until(
         &self,
         until: Option<Instant>,
@@ -171,7 +171,8 @@ impl Root {
             let why = "the deadline passed before a change of the root was sent";
             return Err(Error::new(ErrorKind::Deadline, why).with_path(self.path()));
         }
-        // What is known may be old: only what an edit makes of it is used, not a refusal.
+        // The known root may be old. Use it only for a new state that `edit` makes from it, not for a
+        // refusal.
         if let Some(seen) = known.take()
             && let Ok(Edit::To(state)) = edit(Some(&seen.state))
         {
@@ -208,8 +209,8 @@ impl Root {
         Ok(Sent { from, to, bytes, condition })
     }
 
-    /// Sends a change until its outcome is known. Returns false when another change came first, and this one
-    /// may be made anew.
+    /// Sends a change until its outcome is known. Returns false if another change came first, and this change
+    /// may be made again.
     fn settle(
         &self,
         sent: Sent,
@@ -269,8 +270,8 @@ impl Root {
         Ok((judged, seen))
     }
 
-    /// Makes sure that a change that has not landed never will, by a change of the counter alone. `Ok` if it
-    /// has landed after all.
+    /// Changes the counter alone, so that a change that has not landed never will. `Ok` if the change has
+    /// landed after all.
     fn give_up(&self, sent: &Sent, answered: Answered, landed: &dyn Fn(&State) -> bool, end: Instant) -> Result<()> {
         let error = if answered.refused {
             let why = "the store refuses a change of the root, and no other has changed it: check the store";
@@ -285,7 +286,7 @@ impl Root {
                 (Judged::Landed, _) => return Ok(()),
                 (Judged::Lost { .. }, _) => return Err(error),
                 (Judged::Unchanged, seen) => {
-                    // The same bump each time: it lands at most once, too.
+                    // Send the same bump each time, so that it lands at most once, too.
                     if bump.is_none() {
                         let state = seen.as_ref().map_or_else(State::empty, |seen| seen.state.clone());
                         bump = Some(self.prepare(seen, state)?);
@@ -297,7 +298,7 @@ impl Root {
                 return Err(Error::new(ErrorKind::Indeterminate, why).with_path(self.path()).with_source(error));
             }
             if let Some(Sent { bytes, condition, .. }) = &bump {
-                // Whatever the answer, what is there decides.
+                // The stored root decides, whatever the answer was.
                 let _ = self.client.put_if(ROOT, bytes.clone(), condition.clone(), end);
             }
             std::thread::sleep(super::client::varied(pause));

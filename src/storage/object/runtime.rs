@@ -1,11 +1,10 @@
-//! The runtime on which every request to an object store runs, one for each process.
+//! The runtime that runs every request to an object store, one for each process.
 //!
-//! A thread that calls the storage hands a future over and sleeps until its result comes back through a
-//! channel, or polls it itself in the context of this runtime, where bytes go to memory that it borrows. So a
-//! program may call from inside a runtime of its own, or without one.
-//! **Fork.** The threads of the runtime do not exist in a forked child, where a call would never return: it
-//! is refused there.
-//! **End.** The runtime lives as long as the process.
+//! A thread that calls the storage hands a future to the runtime and sleeps until a channel returns the
+//! result. If bytes go to memory that the thread borrows, it polls the future itself, in the context of this
+//! runtime. So a program may call from inside a runtime of its own, or without one. **Fork.** The threads of
+//! the runtime do not exist in a forked child. A call there would never return, so it is refused. **End.**
+//! The runtime lives as long as the process.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork::ForkGuard;
@@ -19,7 +18,7 @@ use std::time::Instant;
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::AbortHandle;
 
-/// Requests wait for the network, not for a processor: two threads encrypt and copy for all of them.
+/// Requests wait for the network, not for a processor, so two threads encrypt and copy for all requests.
 const THREADS: usize = 2;
 
 struct Ours {
@@ -54,14 +53,14 @@ pub(super) fn start(work: impl Future<Output = ()> + Send + 'static) -> Result<A
     Ok(ours()?.runtime.spawn(work).abort_handle())
 }
 
-/// Polls `work` on this thread, in the context of the runtime, until it ends: for work that fills memory
-/// which the caller borrows. At the deadline `work` is dropped, and None returned.
+/// Polls `work` on this thread, in the context of the runtime, until it ends. For work that fills memory that
+/// the caller borrows. At the deadline it drops `work` and returns None.
 ///
 /// # Errors
 /// `Invalid` in a forked child; `Busy` if the system has no more threads.
 pub(super) fn run_here<T>(deadline: Instant, work: impl Future<Output = T>) -> Result<Option<T>> {
     let _context = ours()?.runtime.enter();
-    // A task of the program's may have polled as much as its runtime allows at once.
+    // The calling task of the program may have used up the budget of polls of its own runtime.
     let mut work = pin!(tokio::task::unconstrained(work));
     let waker = Arc::new(Unpark(thread::current())).into();
     let mut context = Context::from_waker(&waker);
@@ -90,8 +89,8 @@ impl Wake for Unpark {
     }
 }
 
-/// Runs `work` on the runtime, and blocks this thread until it ends. At the deadline `work` is dropped, and
-/// None returned: what it had sent may still arrive.
+/// Runs `work` on the runtime, and blocks this thread until it ends. At the deadline it drops `work` and
+/// returns None. Requests that were already sent may still arrive.
 ///
 /// # Errors
 /// Those of [`start`]; `Internal` when `work` panicked.

@@ -1,4 +1,4 @@
-//! The session that this process has on a root: the take-over that made it, and the attempts that are alive.
+//! The session of this process on a root: the take-over that made it, and its live attempts.
 
 use super::client::Client;
 use super::probe;
@@ -13,19 +13,19 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 use uuid::Uuid;
 
-/// What a storage shares with its attempts and readers.
+/// The state that a storage shares with its attempts and readers.
 #[derive(Debug)]
 pub(super) struct Inner {
     pub client: Client,
     pub root: Root,
     pub live: Live,
-    /// The session of this process; None as long as it only reads. Locked only to read or set it: edits
-    /// of the root do so, while the root is locked.
+    /// The session of this process. None as long as the process only reads. The lock is held only to read or
+    /// set the session, because edits of the root take it while the root is locked.
     session: Mutex<Option<Session>>,
-    /// Held during a take-over: one comes after another.
+    /// Held during a take-over, so that two take-overs do not overlap.
     taking: Mutex<()>,
-    /// What other prefixes of the same store share, as long as a save there is in progress: two such saves
-    /// are of one session.
+    /// The state for other prefixes of the same store, kept while a save there is in progress, so that two
+    /// such saves belong to one session.
     others: Mutex<BTreeMap<Key, Weak<Inner>>>,
     /// How the executor writes, if there is one.
     writers: Mutex<Option<Writers>>,
@@ -38,7 +38,7 @@ impl Inner {
         Self { client, root, live, session, taking: Mutex::new(()), others: Mutex::default(), writers }
     }
 
-    /// What the root at another prefix of the same store shares, which may be this root itself.
+    /// Returns the state for the root at another prefix of the same store, which may be this root itself.
     pub fn at(self: &Arc<Self>, prefix: Key, name: &str) -> Arc<Self> {
         if prefix == self.client.key("") {
             return self.clone();
@@ -64,12 +64,12 @@ impl Inner {
         *lock(&self.writers)
     }
 
-    /// The generation of this process; None as long as it only reads.
+    /// The generation of this process. None as long as the process only reads.
     pub fn generation(&self) -> Option<u64> {
         lock(&self.session).as_ref().map(|session| session.generation)
     }
 
-    /// The generation of this process, which takes the root over if it has none.
+    /// The generation of this process. Takes the root over if there is none yet.
     pub fn session(&self) -> Result<u64> {
         if let Some(generation) = self.generation() {
             return Ok(generation);
@@ -78,7 +78,7 @@ impl Inner {
         self.generation().map_or_else(|| self.open(myself()), Ok)
     }
 
-    /// Takes the root over, unless this process has it already.
+    /// Takes the root over, unless this process owns it already.
     pub fn own(&self) -> Result<()> {
         let _taking = lock(&self.taking);
         let ours = *lock(&self.session);
@@ -90,8 +90,8 @@ impl Inner {
         self.open(myself()).map(drop)
     }
 
-    /// Takes the root over for `owner`, and returns the new generation. No attempt of an older one can be
-    /// published from then on.
+    /// Takes the root over for `owner`, and returns the new generation. From then on no attempt of an older
+    /// generation can be published.
     pub fn take_over(&self, owner: Owner) -> Result<u64> {
         let _taking = lock(&self.taking);
         self.open(owner)
@@ -108,7 +108,7 @@ impl Inner {
             generation = state.generation;
             Ok(Edit::To(state))
         });
-        // A take-over that lands late owns the root until the next one, and nothing acts for it.
+        // A take-over that lands late owns the root until the next take-over, and no process acts for it.
         done.map_err(|error| match error.kind() {
             ErrorKind::Indeterminate => error.with_kind(ErrorKind::Unavailable),
             _ => error,
@@ -130,7 +130,7 @@ impl Inner {
         Err(Error::new(ErrorKind::Conflict, format!("{why} {who}")).with_path(self.client.name()))
     }
 
-    /// The error for a root object that this process has changed before and that is not there.
+    /// The error for a root object that this process has changed before and that is missing.
     pub fn vanished(&self) -> Error {
         let why = "the root object is gone: was the bucket emptied? Build a new executor to begin a new root";
         Error::new(ErrorKind::Conflict, why).with_path(self.path(super::root::ROOT))
@@ -150,7 +150,8 @@ struct Session {
 }
 
 impl Session {
-    /// Whether it is the newest. A root that was deleted and made anew counts its generations from 1 again.
+    /// True if this is the newest take-over. A root that was deleted and created again counts its generations
+    /// from 1 again.
     fn owns(self, state: &State) -> bool {
         state.generation == self.generation && state.session.id == self.id
     }
@@ -161,7 +162,7 @@ fn myself() -> Owner {
     owner(Uuid::new_v4(), String::new())
 }
 
-/// The owner that this process is.
+/// This process as an owner of the root.
 pub(super) fn owner(id: Uuid, run: String) -> Owner {
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     Owner { id, run, host, pid: std::process::id() }
@@ -187,10 +188,10 @@ impl Begun {
 }
 
 impl Live {
-    /// Remembers an attempt, which is alive as long as what this returns is kept.
+    /// Records an attempt. The attempt is alive as long as the caller keeps the returned value.
     ///
     /// # Errors
-    /// `Conflict` when it was begun before and has not ended.
+    /// `Conflict` when the attempt was begun before and has not ended.
     pub fn add(&self, name: &str, generation: u64, attempt: Attempt) -> Result<Arc<()>> {
         let mut begun = lock(&self.0);
         if begun.iter().any(|known| known.attempt == attempt) {
@@ -201,7 +202,7 @@ impl Live {
         Ok(alive)
     }
 
-    /// Remembers what is left of a step that was removed, for the next sweep.
+    /// Records a step that was removed, so that the next sweep deletes its objects.
     pub fn bury(&self, entry: &Entry) {
         let Entry { name, generation, attempt, .. } = entry.clone();
         lock(&self.0).push(Begun { name, generation, attempt, alive: Weak::new() });

@@ -1,7 +1,7 @@
 //! Sessions of several ranks on a store, and the attempts that they write together.
 //!
-//! A session is a change of the root object. Its record and the notes of its ranks are objects under
-//! `.ranks/<generation>/`.
+//! A session is recorded by a change of the root object. Its record and the notes of its ranks are objects
+//! under `.ranks/<generation>/`.
 
 use super::attempt::ObjectAttempt;
 use super::session::{Inner, owner};
@@ -13,7 +13,7 @@ use bytes::Bytes;
 use object_store::path::Path as Key;
 use std::sync::Arc;
 
-/// The prefix of all that ranks leave for each other. No step has such a name.
+/// The prefix of all notes that ranks leave for each other. No step has such a name.
 pub(super) const RANKS: &str = ".ranks";
 
 /// The note with the record of a session.
@@ -22,11 +22,11 @@ const RECORD: &str = "session.json";
 /// Maximum length of the record of a session: 100,000 nonces.
 const MAX_RECORD: u64 = 4 << 20;
 
-/// See the module.
+/// The interface to sessions in an object store; see the module.
 #[derive(Debug)]
 pub(super) struct ObjectShared {
     inner: Arc<Inner>,
-    /// The record of a session that was read, which never changes, with its generation.
+    /// The last record of a session that was read, with its generation. A record never changes.
     read: Mutex<Option<(u64, SessionRecord)>>,
 }
 
@@ -77,8 +77,8 @@ impl Shared for ObjectShared {
         Ok(Some((root.generation, Some(self.record(root.generation).unwrap_or_else(of_root)))))
     }
 
-    /// Deletes the notes of older sessions. That none of their attempts can be published any more, the change
-    /// of the root has seen to.
+    /// Deletes the notes of older sessions. The change of the root has already made it impossible to publish
+    /// their attempts.
     fn take_over(&self, generation: u64) -> Result<()> {
         let client = &self.inner.client;
         let prefix = client.key(RANKS);

@@ -1,8 +1,8 @@
-//! What the root object says: which steps there are, and who may add to them.
+//! The content of the root object: which steps exist, and which session may change them.
 //!
-//! The object is JSON and ends with its own digest, as a manifest does. Its content never comes back:
-//! `change` counts, and each change has a `nonce`. A store compares versions by content (an ETag), so with a
-//! content that came back, a request that arrives late could be taken for one that was meant.
+//! The object is JSON and ends with its own digest, as a manifest does. No two versions have the same
+//! content: `change` counts, and each change has a `nonce`. A store compares versions by content (an ETag).
+//! If a content could occur again, the condition of a request that arrives late could hold by mistake.
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
@@ -18,7 +18,7 @@ const VERSION: u32 = 1;
 /// Maximum length of the root object in bytes: some 100,000 steps.
 pub(super) const MAX_LENGTH: u64 = 64 << 20;
 
-/// How many of the newest changes are remembered by their nonces.
+/// Number of newest changes whose nonces the root object keeps.
 pub(super) const REMEMBERED: usize = 32;
 
 /// The content of the root object.
@@ -28,11 +28,11 @@ pub(super) struct State {
     version: u32,
     /// How many changes there have been.
     pub change: u64,
-    /// The nonces of the newest changes, the last one's last.
+    /// The nonces of the newest changes, oldest first.
     pub recent: Vec<Uuid>,
     /// How many sessions have taken the root over.
     pub generation: u64,
-    /// The newest of them.
+    /// The newest session.
     pub session: Owner,
     /// The steps, sorted by name.
     pub steps: Vec<Entry>,
@@ -48,7 +48,7 @@ pub(super) struct State {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Owner {
     pub id: Uuid,
-    /// The run that it is part of; empty if it has no name.
+    /// The run that the session is part of; empty if the run has no name.
     pub run: String,
     pub host: String,
     pub pid: u32,
@@ -92,7 +92,7 @@ pub(super) fn parse_directory(component: &str) -> Option<(u64, Attempt)> {
 }
 
 impl State {
-    /// The state before any change: never stored.
+    /// The state before any change. It is never stored.
     pub fn empty() -> Self {
         let session = Owner { id: Uuid::nil(), run: String::new(), host: String::new(), pid: 0 };
         Self {
@@ -135,7 +135,7 @@ impl State {
         }
     }
 
-    /// Takes a step away.
+    /// Removes a step and returns it.
     pub fn take(&mut self, name: &str) -> Option<Entry> {
         self.find(name).ok().map(|at| self.steps.remove(at))
     }
@@ -144,7 +144,7 @@ impl State {
         self.steps.binary_search_by(|step| step.name.as_str().cmp(name))
     }
 
-    /// Marks this state as the change after the one that it was made from.
+    /// Marks this state as one change later than the state from which it was made.
     pub fn changed(mut self) -> Self {
         if mutant::on(Mutant::StoreContentReturns) {
             (self.change, self.recent) = (1, vec![Uuid::nil()]);
@@ -175,7 +175,7 @@ impl State {
     /// Parses a root object.
     ///
     /// # Errors
-    /// `Corrupt` for bytes that are none; `Invalid` for one of another version.
+    /// `Corrupt` for bytes that are not a root object; `Invalid` for a root object of another version.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
         let text = seal::unseal(bytes).ok_or_else(|| {
             Error::corrupt(format!("the root object is damaged: its digest does not fit bytes={}", bytes.len()))
@@ -201,7 +201,7 @@ impl State {
     }
 }
 
-/// What every version of a root object has.
+/// The fields that every version of a root object has.
 #[derive(Deserialize)]
 struct Head {
     format: String,

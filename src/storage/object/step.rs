@@ -15,10 +15,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-/// How often a manifest is fetched whose digest does not fit: its bytes may have been damaged on their way.
+/// How often a manifest with a wrong digest is fetched, because its bytes may have been damaged in transit.
 const FETCHES: usize = 2;
 
-/// See the module.
+/// A published step in an object store.
 #[derive(Debug)]
 pub(super) struct ObjectStep {
     inner: Arc<Inner>,
@@ -34,13 +34,13 @@ impl ObjectStep {
         format!("{}/{file}", self.entry.directory())
     }
 
-    /// Says why an object of this step is not there, after a look at the root.
+    /// Reads the root to find why an object of this step is missing.
     fn why_missing(&self) -> WhyMissing {
         let (inner, directory) = (self.inner.clone(), self.entry.directory());
         Arc::new(move |key| missing(&inner, &directory, key))
     }
 
-    /// The manifest, whose length and digest the root names.
+    /// Reads the manifest, whose length and digest are in the root.
     fn manifest(&self, whole: Whole) -> Result<Manifest> {
         let (client, key) = (&self.inner.client, self.key(MANIFEST));
         for _ in 0..FETCHES {
@@ -55,7 +55,7 @@ impl ObjectStep {
     }
 }
 
-/// Says why an object of the step in `directory` is not there.
+/// Returns the error that says why an object of the step in `directory` is missing.
 fn missing(inner: &Inner, directory: &str, key: &str) -> Error {
     let error = match inner.root.read() {
         Ok(Some(root)) if root.names(directory) => Error::corrupt("a file of the checkpoint is missing"),
@@ -65,7 +65,8 @@ fn missing(inner: &Inner, directory: &str, key: &str) -> Error {
     error.with_path(inner.path(key))
 }
 
-/// A file that is not there when it is opened: what that means, the caller decides.
+/// Turns `Corrupt` into `NotFound` for a file that is missing when it is opened. The caller decides what that
+/// means.
 fn gone(error: Error) -> Error {
     if error.kind() == ErrorKind::Corrupt { error.with_kind(ErrorKind::NotFound) } else { error }
 }
@@ -104,7 +105,7 @@ impl Reading for ObjectStep {
     }
 }
 
-/// The identity of a step: that of its attempt.
+/// The identity of a step, made from its attempt.
 pub(super) fn identity(attempt: Attempt) -> (u64, u64) {
     let bits = attempt.to_u128();
     ((bits >> 64) as u64, bits as u64)

@@ -1,8 +1,8 @@
-//! Deleting attempts: one that is over, and those of sessions that own the root no more.
+//! Deletes attempts: an attempt that has ended, and the attempts of sessions that no longer own the root.
 //!
-//! No lock says that an attempt is dead. A session that is not the newest can publish nothing any more, so
-//! what its attempts hold is garbage as soon as the root, read after the take-over, does not name it. An
-//! attempt of the newest session is deleted by the process that made it, and by no other.
+//! No lock shows that an attempt is dead. But a session that is not the newest can publish nothing any more.
+//! So the objects of its attempts are garbage if the root, read after the take-over, does not name them. Only
+//! the process that made an attempt of the newest session deletes it.
 
 use super::client::Client;
 use super::session::{Begun, Inner};
@@ -23,8 +23,8 @@ pub(super) const UPLOADS: &str = "uploads";
 /// Maximum length of the record of an upload.
 const MAX_RECORD: u64 = 4096;
 
-/// Deletes everything under the prefix of an attempt: uploads first, then its manifest, so that what is left
-/// after a crash is no step.
+/// Deletes everything under the prefix of an attempt: uploads first, then its manifest, so that the remains
+/// after a crash are not a step.
 pub(super) fn delete(client: &Client, directory: &str) -> Result<()> {
     let found = client.list("list the objects of an attempt", directory, client.deadline())?;
     let prefix = client.key(directory);
@@ -41,7 +41,8 @@ pub(super) fn delete(client: &Client, directory: &str) -> Result<()> {
     Ok(())
 }
 
-/// The file that an object is the record of an upload of, and the record's key below the attempt.
+/// If an object is the record of an upload: the file that is uploaded, and the record's key below the
+/// attempt.
 fn record(prefix: &Key, object: &ObjectMeta) -> Option<(String, String)> {
     let parts: Vec<String> = object.location.prefix_match(prefix)?.map(|part| part.as_ref().to_owned()).collect();
     match &parts[..] {
@@ -50,8 +51,8 @@ fn record(prefix: &Key, object: &ObjectMeta) -> Option<(String, String)> {
     }
 }
 
-/// Aborts the upload of a file. Best effort: what stays of it is no object, and a rule of the bucket deletes
-/// it.
+/// Aborts the upload of a file. Best effort: an upload that stays is not an object, and a rule of the bucket
+/// deletes it.
 fn abort(client: &Client, directory: &str, file: &str, record: &str) {
     let aborted =
         client.get("read the record of an upload", &format!("{directory}/{record}"), MAX_RECORD, client.deadline());
@@ -79,15 +80,16 @@ struct Found {
     generation: u64,
     attempt: Attempt,
     bytes: u64,
-    /// This process has begun it, and still writes it.
+    /// Some if this process has begun the attempt; true if it still writes it.
     alive: Option<bool>,
 }
 
 /// Sweeps the root: see [`Storage::sweep`](crate::storage::Storage::sweep).
 pub(super) fn sweep(inner: &Arc<Inner>, how: Sweep) -> Result<Swept> {
     let client = &inner.client;
-    // In this order: what this process has dropped by now is named by the root that is read next, or never.
-    // And what is listed and not named was never named since the take-over.
+    // The order matters. An attempt that this process has dropped by now is in the root that is read next, or
+    // never will be. An attempt that is listed later and is not in that root was never in the root since the
+    // take-over.
     let begun: Vec<(Begun, bool)> =
         inner.live.all().into_iter().map(|begun| (begun.clone(), begun.is_alive())).collect();
     let Some(root) = inner.root.read()? else { return Ok(Swept::default()) };

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(20);
 const PAGE: usize = ALIGNMENT;
 
-/// What an attempt would hear.
+/// Records the calls that an attempt would receive.
 #[derive(Default)]
 struct Heard {
     sealed: AtomicUsize,
@@ -62,7 +62,7 @@ impl Slabs {
         Self { arena, home, all: count }
     }
 
-    /// Writes `bytes` into `file` from slabs, in order, with so many writers.
+    /// Writes `bytes` into `file` from slabs, in order, with `writers` threads.
     fn write(&self, file: &ObjectFile, bytes: &[u8], writers: usize) -> Result<()> {
         let slab = (self.arena.report().bytes as usize) / self.all;
         let chunks = Mutex::new(bytes.chunks(slab).enumerate());
@@ -174,7 +174,8 @@ fn an_arena_that_cannot_hold_the_parts_in_flight_is_refused_before_a_byte_moves(
         let heard = Arc::new(Heard { writers, ..Heard::default() });
         ObjectFile::create(&client, "a/f".into(), len, heard).map(drop)
     };
-    // Five parts of 39 MiB in five slabs each, one of them shared with the next, and a slab.
+    // Five parts of 39 MiB. Each lies in five slabs and in one slab that it shares with the next part. One
+    // more slab.
     let needed = (5 * 6 + 1) * (8 << 20);
     create(405_000_000_000, needed).unwrap();
     let error = create(405_000_000_000, needed - 1).unwrap_err();
@@ -251,7 +252,7 @@ fn a_part_that_the_store_refuses_loses_the_file_and_returns_its_slabs() {
 #[test]
 fn a_peer_that_never_reads_holds_slabs_no_longer_than_the_save() {
     let peer = Peer::start(|asked: &Asked| if asked.is_part() { Answer::Deaf } else { Answer::Well });
-    // More than the system takes over for a connection that nothing reads from.
+    // More bytes than the system buffers for a connection whose peer does not read.
     let (slabs, done, heard, took) = upload_parts(16 << 20, &peer, PATIENCE, Some(Duration::from_secs(2)));
     let error = done.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Deadline, "{error:#}");
@@ -350,7 +351,7 @@ fn an_executor_goes_on_when_a_peer_that_never_read_is_well_again() {
         assert!(began.elapsed() < Duration::from_secs(12), "{:?}", began.elapsed());
     }
     peer.recover();
-    // The arena has no room for the save as long as a slab of the ones before is missing.
+    // The arena has no room for the save as long as a slab of an earlier save is missing.
     let late = Instant::now() + Duration::from_secs(40);
     while let Err(error) = saving.save(3) {
         assert!(Instant::now() < late, "{error:#}");
@@ -438,7 +439,8 @@ fn a_probe_outlasts_a_store_that_is_away_for_a_moment() {
         let (tries, refused) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let peer = Peer::start(move |asked: &Asked| {
             let probes = asked.method == "PUT" && asked.key.starts_with(".probe-");
-            // Twice before each of the four puts is done: the crate sends a request again by itself once.
+            // Fails twice before each of the four puts is done, because the crate itself sends a request
+            // again once.
             let fails = probes && tries.fetch_add(1, Ordering::AcqRel) % 3 < 2;
             if fails && refused.fetch_add(1, Ordering::AcqRel) < 8 { Answer::Status(status) } else { Answer::Well }
         });
@@ -452,7 +454,7 @@ fn a_completion_that_landed_is_known_although_the_store_was_away_when_it_was_ask
     let peer = Peer::start(move |asked: &Asked| {
         let completes = asked.method == "POST" && asked.query.contains("uploadId");
         match asked.method.as_str() {
-            // Once, and once for the repeat by the crate; then the upload is gone.
+            // Fails once, and once for the repeat by the crate. After that the upload is gone.
             _ if completes && posts.fetch_add(1, Ordering::AcqRel) < 2 => Answer::Lost,
             "HEAD" if heads.fetch_add(1, Ordering::AcqRel) < 4 => Answer::Status(503),
             _ => Answer::Well,

@@ -1,11 +1,11 @@
-//! Connections for requests that carry slabs.
+//! Connections for requests that send bytes from slabs.
 //!
-//! A connection keeps the bytes of a request until it has sent them, also when the request was given up: for
-//! a peer that accepts and never reads, until the task of the connection ends. So requests with long bodies
-//! have connections, and a runtime, of their own. When such a request has ended and its bytes are still held
-//! a second later, that runtime is ended with all of its connections, and the next request starts another
-//! one. Other requests on it fail as if their connections had been reset, and are tried again.
-//! **Safety.** A slab is returned by the drop of its owner alone, whatever ends first.
+//! A connection keeps the bytes of a request until it has sent them, even if the request was given up. If the
+//! peer accepts and never reads, it keeps them until the task of the connection ends. So requests with long
+//! bodies have connections and a runtime of their own. If a connection still holds the bytes a second after
+//! such a request has ended, that runtime is shut down with all of its connections, and the next request
+//! starts another runtime. Other requests on it fail as if their connections had been reset, and are tried
+//! again. **Safety.** Only the drop of its owner returns a slab, whatever ends first.
 
 use super::file::LONG;
 use crate::sync::{Mutex, lock};
@@ -29,7 +29,7 @@ use tokio::task::JoinHandle;
 /// How long a connection may hold the bytes of a request that has ended.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// How often it is looked at.
+/// How often a watch checks whether the bytes are still held.
 const LOOK: Duration = Duration::from_millis(20);
 
 /// Threads that encrypt and send the bodies of one store.
@@ -63,7 +63,7 @@ struct Long {
 struct Running {
     runtime: Runtime,
     client: HttpClient,
-    /// Held by what runs on it: tells one runtime from the next.
+    /// Identifies this runtime. Everything that runs on it holds a clone.
     identity: Arc<()>,
 }
 
@@ -78,11 +78,11 @@ fn interrupted(why: &'static str) -> HttpError {
 }
 
 impl Long {
-    /// The runtime and its client; starts them if there are none.
+    /// Returns the runtime and its client. Starts them if they are not running.
     fn enter(&self) -> Result<(Handle, HttpClient, Arc<()>), HttpError> {
         let mut running = lock(&self.running);
         if running.is_none() {
-            // The client first: a runtime that is dropped on another one's thread panics.
+            // Make the client first, because a runtime that is dropped on a thread of another runtime panics.
             let client = ReqwestConnector::default().connect(&self.options);
             let client = client.map_err(|e| HttpError::new(HttpErrorKind::Unknown, e))?;
             let mut runtime = Builder::new_multi_thread();
@@ -94,7 +94,7 @@ impl Long {
         Ok((runtime.handle().clone(), client.clone(), identity.clone()))
     }
 
-    /// Ends a runtime, unless another one has taken its place.
+    /// Shuts a runtime down, unless another one has replaced it.
     fn end(&self, identity: &Arc<()>) {
         let mut running = lock(&self.running);
         if running.as_ref().is_some_and(|running| Arc::ptr_eq(&running.identity, identity)) {
@@ -106,12 +106,12 @@ impl Long {
 
 impl Drop for Long {
     fn drop(&mut self) {
-        // The last owner may be a task on a runtime, where another kind of shutdown would panic.
+        // The last owner may be a task on a runtime, where a blocking shutdown would panic.
         lock(&self.running).take().into_iter().for_each(|running| running.runtime.shutdown_background());
     }
 }
 
-/// Bytes that count how many of them are held.
+/// Bytes with a count of how many buffers are still held.
 struct Lent {
     bytes: Bytes,
     _held: Arc<()>,
@@ -134,7 +134,7 @@ async fn lend(mut body: HttpRequestBody, held: &Arc<()>) -> Result<HttpRequestBo
     Ok(pieces.into_iter().collect::<PutPayload>().into())
 }
 
-/// Looks, after the end of a request, whether a connection still holds its bytes.
+/// Checks, after the end of a request, whether a connection still holds its bytes.
 struct Watch {
     long: Arc<Long>,
     handle: Handle,
@@ -147,7 +147,7 @@ impl Drop for Watch {
     fn drop(&mut self) {
         self.task.take().inspect(JoinHandle::abort);
         let is_held = |held: &Arc<()>| Arc::strong_count(held) > 1;
-        // Its own reference moves into the task.
+        // The reference of the watch moves into the task.
         let held = std::mem::take(&mut self.held);
         if !is_held(&held) {
             return;
@@ -179,7 +179,8 @@ impl HttpService for Service {
         let request = HttpRequest::from_parts(parts, body);
         let task = handle.spawn(async move {
             let (parts, body) = client.execute(request).await?.into_parts();
-            // Whole, because nothing may wait for this runtime after its end; it is short.
+            // Read the whole body, which is short, because nothing may wait for this runtime after its
+            // shutdown.
             Ok(HttpResponse::from_parts(parts, body.bytes().await?.into()))
         });
         let mut watch = Watch { long: self.long.clone(), handle, identity, held, task: Some(task) };

@@ -1,4 +1,4 @@
-//! An attempt in shared memory, until it is handed to the writer process.
+//! An attempt in shared memory, which is later handed to the writer process.
 
 use super::frame::{Request, SharedFile};
 use super::link::PATIENCE;
@@ -16,7 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// See the module.
+/// An attempt in shared memory.
 #[derive(Debug)]
 pub(super) struct SharedAttempt {
     process: Arc<Inner>,
@@ -32,7 +32,8 @@ enum Stage {
         files: Vec<Arc<Staged>>,
         end: u64,
     },
-    /// With the cell that says when nothing is left of it beside its step.
+    /// The attempt is published. The cell completes when everything of the attempt except its step is
+    /// deleted.
     Published(Cell<()>),
     Abandoned,
 }
@@ -57,7 +58,7 @@ impl SharedAttempt {
         Ok(Self { process, name: name.into(), attempt, memory: Arc::new(File::from(memory)), stage })
     }
 
-    /// Space for a file.
+    /// Adds space for a file.
     fn add(&self, name: &str, length: u64, put: bool) -> Result<Arc<Staged>> {
         check_file(name).map_err(|e| e.with_kind(ErrorKind::Invalid))?;
         let mut stage = lock(&self.stage);

@@ -1,5 +1,5 @@
-//! What goes between a training program and its writer process: frames of JSON over a socket, one descriptor
-//! with some.
+//! The messages between a training program and its writer process: frames of JSON over a socket, some with a
+//! descriptor.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
@@ -17,9 +17,9 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-/// Both sides must speak the same.
+/// The version of the protocol, which must be the same on both sides.
 pub(super) const VERSION: u32 = 2;
-/// No message is longer.
+/// Maximum length of a message.
 const LONGEST: u32 = 64 << 20;
 
 /// The first message.
@@ -33,23 +33,24 @@ pub(super) struct Hello {
     pub priority: Priority,
 }
 
-/// An attempt to be written and published. Its bytes are in the shared memory that comes with it.
+/// An attempt to be written and published. Its bytes are in the shared memory whose descriptor is sent with
+/// this message.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Request {
     pub id: u64,
     pub name: String,
     pub attempt: Attempt,
     pub overwrite: bool,
-    /// In the order in which they are written.
+    /// The files, in the order in which they are written.
     pub files: Vec<SharedFile>,
 }
 
-/// What a reply is about.
+/// The stage of a request that a reply reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) enum Stage {
-    /// The publish; all that there is, if that failed.
+    /// The publish. If it failed, this is the only reply.
     Published,
-    /// What follows it: nothing of the attempt is left beside its step.
+    /// The tidying after the publish: everything of the attempt except its step is deleted.
     Settled,
 }
 
@@ -59,11 +60,11 @@ pub(super) struct SharedFile {
     pub name: String,
     pub offset: u64,
     pub length: u64,
-    /// Written whole, as [`Writing::put`](crate::storage::Writing::put) does.
+    /// The file is written whole, by [`Writing::put`](crate::storage::Writing::put).
     pub put: bool,
 }
 
-/// How a request ended; 0 is the number of the hello.
+/// The result of a request. The hello has the number 0.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Reply {
     pub id: u64,
@@ -90,7 +91,7 @@ pub(super) fn send(socket: &mut UnixStream, message: &impl Serialize, with: Opti
     socket.write_all(&body).map_err(lost)
 }
 
-/// The next message, and the descriptor that came with it; None when the other side is gone.
+/// Receives the next message, and the descriptor that was sent with it. None if the other side is gone.
 pub(super) fn receive<T: DeserializeOwned>(socket: &mut UnixStream) -> Result<Option<(T, Option<OwnedFd>)>> {
     let lost = |e| Error::io("a message to or from the writer process was lost", e).with_kind(ErrorKind::Unavailable);
     let mut header = [0; 4];

@@ -1,11 +1,11 @@
-//! Which attempts a writer process has been handed.
+//! Records which attempts were handed to a writer process.
 
 use crate::completion::{Cell, Completion};
 use crate::id::Attempt;
 use crate::sync::{Arc, Mutex, lock};
 use std::collections::HashMap;
 
-/// From the moment that its cell says, a save does not need this process any more.
+/// A cell for each attempt. Once the cell is complete, the save does not need this process any more.
 #[derive(Debug, Default)]
 pub(crate) struct HandedOver(Mutex<HashMap<Attempt, Cell<()>>>);
 

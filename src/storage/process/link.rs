@@ -1,4 +1,4 @@
-//! The socket to a writer process: requests go out, and a thread hears the answers.
+//! The socket to a writer process. Callers send requests, and a thread receives the answers.
 
 use super::frame::{Hello, Reply, Request, Stage, receive, send};
 use crate::completion::{Cell, Completion, deadline_after};
@@ -15,10 +15,10 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// How long a writer process may take to say that it is there, and to end when it is told to.
+/// How long a writer process may take to report that it is ready, and to end when it is told to.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A writer process and what it was asked.
+/// A writer process, and the requests that it was sent.
 #[derive(Debug)]
 pub(super) struct Link {
     socket: Mutex<UnixStream>,
@@ -32,14 +32,14 @@ impl Link {
     /// Starts the process, and waits until it is ready.
     ///
     /// # Errors
-    /// `Invalid` when it is no writer process of this version.
+    /// `Invalid` when the program is not a writer process of this version.
     pub fn start(mut command: Command, hello: &Hello) -> Result<std::sync::Arc<Self>> {
         let busy = |e| Error::io("a writer process cannot be started", e);
         let (mut ours, theirs) = UnixStream::pair().map_err(busy)?;
         command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
         let child = command.spawn().map_err(busy)?;
-        // The command has the other end of the socket: as long as it is open here, no thread hears that the
-        // child is gone.
+        // The command holds the other end of the socket. As long as this process has that end open, no thread
+        // notices that the child is gone.
         drop(command);
         let answers = ours.try_clone().map_err(busy)?;
         ours.set_write_timeout(Some(PATIENCE)).map_err(busy)?;
@@ -58,14 +58,14 @@ impl Link {
         spawn("ashore-answers".into(), move || listening.listen(answers))?;
         let silent = || Err(Error::new(ErrorKind::Deadline, format!("a writer process is silent waited={PATIENCE:?}")));
         greeted.and_then(|()| greeting.wait(deadline_after(PATIENCE)).unwrap_or_else(silent)).map_err(|error| {
-            // Started, and not what we took it for: it went before or after it was greeted.
+            // The program started and is not a writer process: it ended before or after the hello was sent.
             let gone = matches!(error.kind(), ErrorKind::Indeterminate | ErrorKind::Unavailable);
             if gone { error.with_kind(ErrorKind::Invalid) } else { error }
         })?;
         Ok(link)
     }
 
-    /// The thread that hears answers, until the process is gone.
+    /// The body of the thread that receives answers until the process is gone.
     fn listen(&self, mut answers: UnixStream) {
         while let Ok(Some((reply, _))) = receive::<Reply>(&mut answers) {
             if let Some(cell) = lock(&self.waiting).remove(&(reply.id, reply.of)) {
@@ -97,7 +97,7 @@ impl Link {
         self.dead.load(Ordering::Acquire)
     }
 
-    /// Hands over a request, and returns the cells of its answers.
+    /// Sends a request, and returns the cells of its answers.
     pub fn ask(&self, request: &mut Request, shared: &File) -> Result<(Cell<()>, Cell<()>)> {
         let (published, settled): (Cell<()>, Cell<()>) = (Arc::new(Completion::new()), Arc::new(Completion::new()));
         request.id = self.next.fetch_add(1, Ordering::Relaxed);
@@ -105,14 +105,14 @@ impl Link {
         lock(&self.waiting).extend(stages.map(|(stage, cell)| ((request.id, stage), cell.clone())));
         let mut socket = lock(&self.socket);
         if let Err(error) = send(&mut socket, request, Some(shared.as_fd())) {
-            // Half a message is nothing to go on with.
+            // After half a message the socket cannot be used any more.
             let _ = socket.shutdown(Shutdown::Both);
             self.forget(request.id);
             return Err(error);
         }
         drop(socket);
         if self.dead.load(Ordering::Acquire) {
-            // The thread that listens may have gone before the request was there to be answered.
+            // The listening thread may have ended before the request was added.
             let what = "the writer process is gone, and it is unknown how the save ended";
             let gone = Error::new(ErrorKind::Indeterminate, what);
             [&published, &settled].into_iter().for_each(|cell| _ = cell.complete(Err(gone.clone())));
@@ -120,13 +120,13 @@ impl Link {
         Ok((published, settled))
     }
 
-    /// No further answer to this request is waited for.
+    /// Stops waiting for further answers to this request.
     pub fn forget(&self, id: u64) {
         lock(&self.waiting).retain(|(there, _), _| *there != id);
     }
 
-    /// Has the process end once it has done what it was asked. It is not waited for beyond reason, and never
-    /// killed.
+    /// Tells the process to end once it has carried out its requests. Waits only for a limited time, and
+    /// never kills it.
     pub fn close(&self) {
         let _ = lock(&self.socket).shutdown(Shutdown::Write);
         let deadline = Instant::now() + PATIENCE;

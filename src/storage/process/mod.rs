@@ -1,16 +1,16 @@
-//! A root that a process of its own writes: it outlives a program that is killed.
+//! A root that a separate process writes. This process survives when the program is killed.
 //!
-//! The program stages an attempt into shared memory and hands that over, with the manifest, to a writer
-//! process, which brings it to the root, publishes it, and says so. The program reads the root itself.
+//! The program stages an attempt into shared memory and hands the memory, with the manifest, to a writer
+//! process. The writer process copies the attempt to the root, publishes it, and reports the result. The
+//! program reads the root itself.
 //!
-//! **Crash.** From the hand-over on a save does not need the program: if that is killed, the writer finishes
-//! what it has and ends. If the writer dies, saves that it had are `Indeterminate`, and the next one starts a
-//! new writer. **Requests** carry numbers, and so do answers.
-//! **Deadlines.** Every wait for the writer has one.
-//! **Memory.** Beside the arena, one copy of the state for each save under way, until it is durable.
-//! **Sweeps.** An attempt is memory of this process: nothing of it is left when it is dropped, so a sweep
-//! finds those of writers alone.
-//! **Fork.** A child shares the socket, and does nothing with it.
+//! **Crash.** After the hand-over a save does not need the program. If the program is killed, the writer
+//! finishes the saves that it has and ends. If the writer dies, its saves are `Indeterminate`, and the next
+//! save starts a new writer. **Requests** and answers carry numbers. **Deadlines.** Every wait for the writer
+//! has a deadline. **Memory.** In addition to the arena, one copy of the state for each save under way, until
+//! the save is durable. **Sweeps.** An attempt is memory of this process, and nothing of it is left when it
+//! is dropped. So a sweep finds only the attempts of writers. **Fork.** A child shares the socket, and does
+//! not use it.
 
 mod attempt;
 mod frame;
@@ -36,10 +36,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-/// What the shared memory is called, for those who look at a process.
+/// The name of the shared memory, for tools that show the memory of a process.
 const NAME: &str = "ashore";
 
-/// The program that becomes a writer process: [`serve`] is what it has to call.
+/// The program that becomes a writer process. It has to call [`serve`].
 ///
 /// ```
 /// use ashore::storage::process::{Process, Program};
@@ -57,20 +57,20 @@ pub struct Program {
 }
 
 impl Default for Program {
-    /// `ashore writer`: `ashore` beside the executable of this process, or in `PATH`.
+    /// `ashore writer`, with the `ashore` beside the executable of this process, or else in `PATH`.
     fn default() -> Self {
         Self { path: None, arguments: vec!["writer".into()] }
     }
 }
 
 impl Program {
-    /// Sets where the program is.
+    /// Sets the path of the program.
     pub fn path(mut self, path: impl Into<PathBuf>) -> Self {
         self.path = Some(path.into());
         self
     }
 
-    /// Sets its arguments: `writer`.
+    /// Sets the arguments of the program. Default: `writer`.
     pub fn arguments(mut self, arguments: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.arguments = arguments.into_iter().map(Into::into).collect();
         self
@@ -93,8 +93,8 @@ impl Program {
     }
 }
 
-/// A root, read here and written by a writer process; see the [module](self). Clones are of the same process,
-/// which ends with the last.
+/// A root that this process reads and a writer process writes; see the [module](self). Clones share one
+/// writer process, which ends with the last clone.
 ///
 /// ```no_run
 /// use ashore::storage::process::{Process, Program};
@@ -119,12 +119,12 @@ struct Inner {
 }
 
 impl Process {
-    /// Starts the writer process of `root`, which is created when it is missing, and waits until it is ready.
-    /// The settings say how it writes, and for how long a publish is waited for.
+    /// Starts the writer process of `root` and waits until it is ready. Creates the root if it is missing.
+    /// The settings control how the process writes, and how long a publish is waited for.
     ///
     /// # Errors
-    /// `Invalid` when there is no such program, or it is no writer process of this version; errors of the
-    /// root.
+    /// `Invalid` when there is no such program, or when it is not a writer process of this version; errors of
+    /// the root.
     pub fn start(root: impl AsRef<Path>, settings: &Settings, program: Program) -> Result<Self> {
         let (program, arguments) = program.find()?;
         let local = Local::open_with(root, settings.engine)?.direct(settings.direct).locks(settings.locks);
@@ -134,19 +134,19 @@ impl Process {
         Ok(Self(Arc::new(inner)))
     }
 
-    /// The number of the process; None while there is none, because the last has died.
+    /// The process id of the writer. None if the last writer has died and no new one is running.
     pub fn pid(&self) -> Option<u32> {
         lock(&self.0.link).as_ref().and_then(|link| link.pid())
     }
 
-    /// Which attempts it has been handed.
+    /// The attempts that were handed to the writer process.
     pub(crate) fn handed(&self) -> &Arc<HandedOver> {
         &self.0.handed
     }
 }
 
 impl Inner {
-    /// The writer process; a new one when the last has died.
+    /// Returns the writer process. Starts a new one if the last has died.
     fn link(&self) -> Result<Arc<Link>> {
         self.origin.check("a writer process cannot be used in a forked child; start a new one there")?;
         let mut slot = lock(&self.link);
@@ -170,7 +170,7 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // A forked child shares the socket: the parent's writer process must not hear that it is closed.
+        // A forked child shares the socket, and must not close the connection of its parent's writer process.
         if self.origin.is_ours()
             && let Some(link) = lock(&self.link).take()
         {

@@ -1,4 +1,4 @@
-//! The writer process: takes attempts whose bytes are in shared memory, and makes steps of them.
+//! The writer process: receives attempts whose bytes are in shared memory, and publishes them as steps.
 
 use super::frame::{Hello, Reply, Request, Stage, VERSION, receive, send};
 use crate::error::{Error, Result};
@@ -15,15 +15,16 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-/// How much is copied at once, from shared memory to the medium.
+/// Bytes that are copied at once from shared memory to the medium.
 const PIECE: usize = 8 << 20;
 
-/// Serves the program that started this process, over the socket that is its standard input, until that
-/// program is gone and all that it handed over is done. `ashore writer` does nothing else.
+/// Serves the program that started this process, over the socket that is the standard input of this process.
+/// Returns when that program is gone and all attempts that it handed over are done. `ashore writer` only
+/// calls this function.
 ///
 /// # Errors
-/// When the socket is none, or the program does not speak as this one does. How saves end goes to the
-/// program.
+/// When standard input is not a socket, or the program speaks another version of the protocol. The results of
+/// saves go to the program.
 pub fn serve() -> Result<()> {
     stand_apart();
     let socket = stdin().as_fd().try_clone_to_owned();
@@ -52,21 +53,21 @@ pub fn serve() -> Result<()> {
                 tracing::warn!(error = format_args!("{error:#}"), name = request.name, "could not tidy up");
             }
             let result = tidied.as_ref().map(|_| ()).map_err(WireError::from);
-            // Without the program, this was for those that come later.
+            // Ignore the error: if the program is gone, the step is still there for later programs.
             let _ = send(&mut socket, &Reply { id: request.id, of: Stage::Settled, result }, None);
         }
     }
     Ok(())
 }
 
-/// Nothing but the end of the program ends this process: neither its terminal, nor a signal that is meant for
-/// all.
+/// Detaches this process, so that neither its terminal nor a signal to the process group ends it. Only the
+/// end of the program does.
 fn stand_apart() {
     if let Err(error) = rustix::process::setsid() {
         tracing::warn!(error = format_args!("{error:#}"), "the writer process stays in the session of its program");
     }
     for signal in [SIGTERM, SIGINT] {
-        // The flag has no reader: the program that is served decides what becomes of saves.
+        // No code reads the flag, because the served program decides what happens to saves.
         if let Err(error) = signal_hook::flag::register(signal, Arc::default()) {
             tracing::warn!(error = format_args!("{error:#}"), signal, "the writer process would end at a signal");
         }
@@ -106,7 +107,7 @@ fn fill(attempt: &dyn Writing, request: &Request, shared: &File, buffer: &mut Al
         let writing = attempt.create(&file.name, file.length)?;
         let mut at = 0;
         while at < file.length {
-            // Rounded up: what lies behind the end is shared memory, too, and is cut off by the seal.
+            // Rounded up: the bytes behind the end are shared memory, too, and the seal cuts them off.
             let piece = (file.length - at).min(PIECE as u64).next_multiple_of(crate::ALIGNMENT as u64) as usize;
             let bytes = &mut buffer[..piece];
             shared.read_exact_at(bytes, file.offset + at).map_err(unreadable)?;

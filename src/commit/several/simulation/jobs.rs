@@ -1,4 +1,4 @@
-//! Jobs that save the same steps into one root: what each rank does, and what it is told.
+//! Jobs that save the same steps into one root: runs each rank, and checks the outcomes that it is told.
 
 use super::medium::{Medium, Root};
 use super::messages::{At, Travel, Wire};
@@ -18,33 +18,33 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
-/// How messages go between ranks.
+/// How messages travel between ranks.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum By {
-    /// By a coordinator that loses, delays and repeats them.
+    /// A coordinator that loses, delays and repeats messages.
     Wire(Travel),
-    /// By the production coordinator, over a board.
+    /// The production coordinator, over a board.
     Board(Manners),
 }
 
-/// What a seed simulates. Times are in microseconds.
+/// The parameters of the simulation of a seed. Times are in microseconds.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
     pub world: u32,
     pub jobs: u32,
     pub saves: u64,
     pub by: By,
-    /// How much ahead clocks are, and how much they gain or lose in a second, at most.
+    /// How much clocks are ahead, and how much they gain or lose in a second, at most.
     pub clocks: (u64, u64),
-    /// Whether two jobs have one run token: the second is the first one started again.
+    /// True if two jobs have the same run token: the second job is the first job started again.
     pub one_token: bool,
-    /// A rank dies at one in so many steps; 0: never.
+    /// A rank dies at one in this many steps; 0: never.
     pub deadly: u64,
     /// Rank 0 of the first job dies at this step of its own; 0: never.
     pub first_dies: u64,
-    /// A rank saves another step, or fails, at one in so many saves; 0: never.
+    /// A rank saves another step, or fails, in one of this many saves; 0: never.
     pub wrong: u64,
-    /// How long a save may take: between this and twice as much.
+    /// The time limit of a save is between this and twice as much.
     pub patience: u64,
     pub overwrite: bool,
 }
@@ -56,7 +56,7 @@ impl Plan {
         Self::of(seed, 64_f64.powf(exponent).round() as u32)
     }
 
-    /// So many ranks, with faults of every kind.
+    /// `world` ranks, with faults of every kind.
     pub fn of(seed: u64, world: u32) -> Self {
         let mut rng = Rng::new(seed ^ 0xfa17);
         let each = u64::from(world) * 40;
@@ -92,7 +92,7 @@ impl Plan {
         }
     }
 
-    /// The same without faults, by the production coordinator where it is asked for.
+    /// As `any`, without faults. With `board`, uses the production coordinator.
     pub fn calm(seed: u64, board: bool) -> Self {
         let manners = Manners { server: seed % 2 == 1, late: 100, takes: 20, ..Manners::PERFECT };
         let by = if board { By::Board(manners) } else { By::Wire(Travel { lost: 0, late: 100 }) };
@@ -105,21 +105,22 @@ impl Plan {
     }
 }
 
-/// What a seed came to.
+/// The result of a seed.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
-    /// How saves ended, with the number of ranks that were told so.
+    /// The outcomes of saves, each with the number of ranks that were told this outcome.
     pub outcomes: BTreeMap<String, u64>,
-    /// What ran when: equal for two runs of a seed.
+    /// The order in which ranks ran, equal for two runs of a seed.
     pub trace: u64,
-    /// What rank 0 and rank 1 of the first job asked of the board: when they met, and in each save.
+    /// The operations that rank 0 and rank 1 of the first job requested of the board: when they met, and in
+    /// each save.
     pub asked: [Vec<Asked>; 2],
 }
 
 /// Runs one seed. `turn` is called before and after each turn of a rank.
 ///
 /// # Panics
-/// When a promise is broken, with the seed.
+/// When a promise is broken. The message has the seed.
 pub(super) fn run(seed: u64, plan: &Plan, turn: &mut dyn FnMut(usize, bool)) -> Seen {
     let mut rng = Rng::new(seed ^ 0xc10c);
     let clocks = (0..plan.jobs * plan.world).map(|_| plan.clock(&mut rng)).collect();
@@ -218,7 +219,7 @@ impl Rank<'_> {
         }
     }
 
-    /// No call lasts longer than its deadline by more than what the rules allow.
+    /// Checks that no call exceeds its deadline by more than the rules allow.
     fn check_deadline(&self, deadline: Instant, failed: bool) {
         let scheduler = &self.medium.root.scheduler;
         let now = scheduler.instant(self.medium.thread, scheduler.now());
@@ -228,7 +229,8 @@ impl Rank<'_> {
         };
         // A few operations follow.
         let slack = Duration::from_millis(30) + slack * 20;
-        // A rank listens, and rank 0 looks, for a second longer; a rank tells others of its failure for five.
+        // After the deadline a rank listens, and rank 0 looks, for another second. A rank tells others of its
+        // failure for five seconds.
         let grace = Duration::from_secs(1 + 5 * u64::from(failed && (self.member.rank > 0 || outage)));
         let seed = self.medium.root.seed;
         let late = now.saturating_duration_since(deadline + grace + slack);
@@ -239,7 +241,7 @@ impl Rank<'_> {
         self.desk.as_ref().map(|desk| desk.place.asked(desk.thread)).unwrap_or_default()
     }
 
-    /// Notes what this rank has asked of the board since `before`.
+    /// Counts what this rank has requested of the board since `before`.
     fn count(&self, before: &mut Asked) {
         let now = self.asked();
         if let (0, Some(asked)) = (self.job, lock(self.seen).asked.get_mut(self.member.rank as usize)) {
@@ -248,7 +250,7 @@ impl Rank<'_> {
         *before = now;
     }
 
-    /// One save, as the thread that commits carries it out.
+    /// Carries out one save like the committer.
     fn save(&self, group: &Group, save: u64, known: &mut Structures, deadline: Instant) -> Result<()> {
         let (medium, scheduler) = (&self.medium, &self.medium.root.scheduler);
         let first = group.member.rank == 0;

@@ -1,4 +1,4 @@
-//! A root whose names all ranks see alike, and which notices every broken promise.
+//! A simulated root. All ranks see the same names, and the root detects every broken promise.
 
 use super::memory::outside;
 use super::scheduler::Scheduler;
@@ -26,7 +26,7 @@ struct Tried {
     step: String,
     generation: u64,
     name: Name,
-    /// The ranks whose files are in it.
+    /// The ranks whose files are in the attempt.
     files: BTreeSet<u32>,
     world: u32,
 }
@@ -37,7 +37,7 @@ struct Names {
     /// Generations whose take-over is complete.
     taken: u64,
     notes: HashMap<(u64, String), Vec<u8>>,
-    /// In the order in which they began, which does not depend on their random identities.
+    /// The attempts in the order in which they began, which does not depend on their random identities.
     attempts: IndexMap<String, Tried>,
 }
 
@@ -72,7 +72,8 @@ impl Root {
         self.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Checks what a rank was told of an attempt: durable means that it is the step or was replaced.
+    /// Checks the outcome that a rank was told for an attempt. If it is durable, the attempt must be the
+    /// step, or must have been replaced.
     pub fn judge(&self, attempt: Attempt, durable: bool) {
         let names = self.names();
         let tried = names.attempts.get(&attempt.to_string());
@@ -84,7 +85,7 @@ impl Root {
 }
 
 impl Medium {
-    /// One operation: other threads may run before it, and the thread may die before or after it.
+    /// Begins one operation. Other threads may run before it, and the thread may die before or after it.
     fn names(&self) -> MutexGuard<'_, Names> {
         self.root.scheduler.step(self.thread);
         self.root.names()

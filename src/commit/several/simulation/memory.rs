@@ -1,4 +1,4 @@
-//! The memory of each rank of a simulation, which shares one heap.
+//! Measures the memory of each rank of a simulation. All ranks share one heap.
 
 use peak_alloc::PeakAlloc;
 use std::cell::Cell;
@@ -7,11 +7,11 @@ use std::cell::Cell;
 static MEMORY: PeakAlloc = PeakAlloc;
 
 thread_local! {
-    /// Bytes that the simulation has taken for itself in this turn of a rank.
+    /// Bytes that the simulation itself has allocated in this turn of a rank.
     static OUTSIDE: Cell<isize> = const { Cell::new(0) };
 }
 
-/// Runs a part of the simulation itself, whose memory is not that of the rank which called it.
+/// Runs a part of the simulation itself. Its memory does not count for the rank that called it.
 pub(super) fn outside<T>(part: impl FnOnce() -> T) -> T {
     let before = taken();
     let result = part();
@@ -19,12 +19,12 @@ pub(super) fn outside<T>(part: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Bytes that this process has taken from the heap.
+/// Bytes that this process has allocated from the heap.
 pub(super) fn taken() -> isize {
     MEMORY.current_usage() as isize
 }
 
-/// The most bytes that were taken at once since the last reset.
+/// The highest number of bytes allocated at once since the last reset.
 pub(super) fn most_taken() -> isize {
     MEMORY.peak_usage() as isize
 }
@@ -33,7 +33,7 @@ pub(super) fn reset_most_taken() {
     MEMORY.reset_peak_usage();
 }
 
-/// The memory of each rank: what it holds, and the most that it held.
+/// The memory of each rank: its present bytes, and the highest number of bytes so far.
 pub(super) struct Meter {
     held: Vec<isize>,
     pub most: Vec<isize>,

@@ -1,4 +1,4 @@
-//! A coordinator whose messages are lost, late or repeated, as the seed decides.
+//! A coordinator that loses, delays or repeats messages, as the seed decides.
 
 use super::scheduler::Scheduler;
 use crate::error::{Error, ErrorKind, Result};
@@ -12,9 +12,9 @@ use std::time::Instant;
 /// How badly messages travel.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Travel {
-    /// One in so many is lost; 0: none.
+    /// One in this many messages is lost; 0: none.
     pub lost: u64,
-    /// At most so many microseconds late.
+    /// The maximum delay of a message in microseconds.
     pub late: u64,
 }
 
@@ -24,7 +24,8 @@ struct Board {
     opened: Option<Result<Session>>,
     /// Messages with the time at which they arrive.
     gathered: HashMap<Round, Vec<(u64, u32, Vec<u8>)>>,
-    /// What rank 0 told, with the time at which it reaches each rank; missing: never.
+    /// The message of rank 0, with the time at which it reaches each rank. A rank that is missing never gets
+    /// it.
     told: HashMap<Round, (Vec<u8>, HashMap<u32, u64>)>,
 }
 
@@ -37,7 +38,7 @@ pub(super) struct Wire {
     first: usize,
 }
 
-/// A rank at a wire.
+/// The endpoint of one rank at a wire.
 pub(super) struct At {
     pub wire: Arc<Wire>,
     pub member: Member,
@@ -71,7 +72,7 @@ impl At {
         self.wire.first + self.member.rank as usize
     }
 
-    /// Waits until `look`, which gets the time, has found what it looks for; it may say when to look again.
+    /// Waits until `look`, which gets the time, returns a value. `look` may say when to look again.
     fn wait<T>(&self, deadline: Instant, mut look: impl FnMut(&mut Board, u64) -> Result<T, Option<u64>>) -> Option<T> {
         let scheduler = &self.wire.scheduler;
         let deadline = scheduler.time(self.thread(), deadline);

@@ -1,8 +1,9 @@
-//! A board below the production coordinator: a directory on several hosts, or a server.
+//! A simulated board below the production coordinator: a directory on several hosts, or a server.
 //!
-//! What a rank has put is seen by the others later, by each at another time, in the order in which it was put
-//! for one name and in no order for several. A server shows everything at once; it answers late, or not at
-//! all for a while, and then a message that was sent twice comes again, later.
+//! In a directory, other ranks see a message later, each rank at another time. Messages of one name are seen
+//! in the order in which they were put; messages of several names are seen in any order. A server shows
+//! everything at once. It answers late, or not at all for a while, and a message that was sent twice then
+//! arrives a second time, later.
 
 use super::memory::outside;
 use super::scheduler::{Scheduler, mixed};
@@ -17,22 +18,22 @@ use std::time::{Duration, Instant};
 /// How long a server keeps the greeting of a rank that has ended.
 const LEASE: u64 = 10_000_000;
 
-/// How a board behaves. Times are in microseconds; one in 0 is never.
+/// How a board behaves. Times are in microseconds. For "one in so many", 0 means never.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Manners {
-    /// Whether it is a server, or a directory.
+    /// True for a server, false for a directory.
     pub server: bool,
-    /// Ranks of one host, which see at once what one of them has put.
+    /// The number of ranks of one host, which see each other's messages at once.
     pub per_host: usize,
-    /// A name is seen by other hosts at most so much later.
+    /// The maximum delay until other hosts see a name.
     pub late: u64,
-    /// One in so many messages is never seen by a rank.
+    /// A rank never sees one in so many messages.
     pub lost: u64,
-    /// An operation takes at most so long.
+    /// The maximum time of an operation.
     pub takes: u64,
-    /// A living rank is taken for dead at one in so many looks.
+    /// One in so many looks takes a living rank for dead.
     pub slander: u64,
-    /// When no operation is answered: from, until.
+    /// The time during which no operation is answered: from, until.
     pub outage: (u64, u64),
 }
 
@@ -42,7 +43,7 @@ impl Manners {
         Self { server: false, per_host: 8, late: 0, lost: 0, takes: 0, slander: 0, outage: (0, 0) };
 }
 
-/// What ranks asked of a board.
+/// Counts of the operations that ranks requested of a board.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Asked {
     pub puts: u64,
@@ -84,11 +85,12 @@ type Names = IndexMap<String, Vec<Version>>;
 struct State {
     folders: IndexMap<String, Names>,
     number: u64,
-    /// Who announced a name, and when it ceased to be held.
+    /// The rank that announced a name, and when it ceased to hold the name.
     holders: HashMap<String, (usize, Option<u64>)>,
     /// Ranks that wait for names with a prefix.
     watching: Vec<(usize, String)>,
-    /// What each rank may not have seen when it begins to wait.
+    /// For each rank, the number of the last version before its first operation since a wait. The rank may
+    /// not have seen later versions when it begins to wait.
     since: HashMap<usize, u64>,
     asked: HashMap<usize, Asked>,
 }
@@ -114,7 +116,7 @@ impl fmt::Debug for Desk {
     }
 }
 
-/// Held until it is dropped.
+/// Holds an announcement until it is dropped.
 #[derive(Debug)]
 pub(super) struct Held {
     desk: Desk,
@@ -139,7 +141,7 @@ impl Place {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What a rank has asked so far.
+    /// The operations that a rank has requested so far.
     pub fn asked(&self, thread: usize) -> Asked {
         self.state().asked.get(&thread).copied().unwrap_or_default()
     }
@@ -171,7 +173,7 @@ fn split(key: &str) -> (&str, &str) {
 }
 
 impl Desk {
-    /// One operation: it takes time, the rank may die before it or after it, and a server may not answer.
+    /// Begins one operation. It takes time, the rank may die before or after it, and a server may not answer.
     fn ask(&self, until: Instant) -> Result<MutexGuard<'_, State>> {
         let (scheduler, Manners { takes, outage, .. }) = (&self.place.scheduler, self.place.manners);
         if scheduler.is_dead(self.thread) {
@@ -184,7 +186,7 @@ impl Desk {
         }
         let now = scheduler.now();
         if (outage.0..outage.1).contains(&now) {
-            // A server is asked once more when there is no time left.
+            // A server is asked once more even when there is no time left.
             let until = scheduler.time(self.thread, until).max(now + 50_000);
             scheduler.sleep(self.thread, outage.1.min(until));
             if scheduler.now() < outage.1 {
@@ -235,7 +237,7 @@ impl Board for Desk {
         let (scheduler, bytes) = (&self.place.scheduler, outside(|| Arc::<[u8]>::from(bytes)));
         let now = scheduler.now();
         self.change(&mut state, key, Some(bytes.clone()), now);
-        // The first try of a message that was sent twice comes at last.
+        // The first try of a message that was sent twice finally arrives.
         if self.place.manners.server && scheduler.with_rng(|rng| rng.one_in(50)) {
             let later = now + scheduler.with_rng(|rng| rng.below(50_000));
             self.change(&mut state, key, Some(bytes), later);

@@ -1,4 +1,4 @@
-//! What a save costs by the number of ranks, counted in the simulation: `just scale` prints the tables of
+//! Counts in the simulation what a save costs for each number of ranks. `just scale` prints the tables of
 //! `docs/scale.md`.
 
 use super::jobs::{By, Plan, Seen, run};
@@ -8,7 +8,7 @@ use crate::commit::several::part::Structure;
 use crate::plan::{BoxOf, Described, Description, Merge};
 use crate::state::Dtype;
 
-/// A job without faults of so many ranks, which meets and saves three times.
+/// A job of `world` ranks without faults, which meets and saves three times.
 fn calm(world: u32, server: bool) -> Plan {
     let by = By::Board(Manners { server, takes: 200, ..Manners::PERFECT });
     Plan { world, by, saves: 3, clocks: (0, 0), one_token: true, overwrite: false, ..Plan::calm(0, true) }
@@ -25,7 +25,7 @@ fn a_rank_sends_two_messages_a_save_whatever_the_number_of_ranks() {
     for (world, server) in [(4, false), (64, false), (64, true)] {
         let Seen { asked: [first, other], .. } = run(1, &calm(world, server), &mut |_, _| ());
         let puts = |asked: &[Asked]| asked.iter().map(|asked| asked.puts).collect::<Vec<_>>();
-        // Two rounds, and one more when the structure is new; rank 0 tells in each.
+        // Two rounds, and one more when the structure is new. Rank 0 tells a message in each round.
         assert_eq!((puts(&first)[1..].to_vec(), puts(&other)[1..].to_vec()), (vec![3, 2, 2], vec![3, 2, 2]));
         for save in &other[1..] {
             assert!(save.written < 1_024 && save.lists == 0, "{save:?}");
@@ -63,12 +63,12 @@ fn messages_bytes_and_memory_by_world() {
     }
 }
 
-/// Bytes that follow from a structure: `tensors` tensors, each split by rows over so many ranks.
+/// The byte counts of a structure with `tensors` tensors, each split by rows over the ranks.
 struct Sizes {
     description: usize,
     share: usize,
     table: usize,
-    /// The most that rank 0 holds while it makes the plan.
+    /// The highest number of bytes that rank 0 holds while it makes the plan.
     memory: isize,
 }
 

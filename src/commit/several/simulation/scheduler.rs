@@ -1,7 +1,7 @@
 //! One rank runs at a time, time is virtual, and the seed decides what happens next.
 //!
-//! Each rank is a coroutine with a stack of its own, so that production code, which blocks, runs as it is,
-//! and 20,000 ranks need no threads.
+//! Each rank is a coroutine with a stack of its own. So blocking production code runs unchanged, and 20,000
+//! ranks need no threads.
 
 use super::memory::outside;
 use generator::{Generator, Gn};
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 /// The payload of the panic by which a rank dies.
 pub(super) struct Killed;
 
-/// What a rank does.
+/// The function that a rank runs.
 pub(super) type Body = Box<dyn FnOnce() + Send>;
 
 /// How a rank ended: the payload of its panic, if it panicked.
@@ -24,7 +24,7 @@ pub(super) type Ended = Result<(), Box<dyn Any + Send>>;
 /// The stack of a rank, in words of 8 bytes. Only the pages that are used take memory.
 const STACK: usize = 32 << 10;
 
-/// A seed that runs on after so many turns of each rank does not end.
+/// A seed that still runs after this many turns of each rank counts as endless.
 const MOST_TURNS: u64 = 1 << 20;
 
 /// A small generator: splitmix64.
@@ -57,7 +57,7 @@ pub(super) fn mixed(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The clock of a rank, against the time of the simulation.
+/// The clock of a rank, relative to the time of the simulation.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Clock {
     /// Microseconds that it is ahead at the beginning.
@@ -69,7 +69,7 @@ pub(super) struct Clock {
 #[derive(Clone, Copy, PartialEq)]
 enum Status {
     Ready,
-    /// Until this time, or until woken.
+    /// The rank waits until this time, or until it is woken.
     Waiting(u64),
     Ended,
 }
@@ -80,21 +80,21 @@ struct State {
     /// Turns so far.
     turns: u64,
     status: Vec<Status>,
-    /// Ranks that have been killed: what their destructors do has no effect.
+    /// Ranks that have been killed. Operations of their destructors have no effect.
     dead: Vec<bool>,
     /// Ranks that may run, in no order.
     ready: Vec<usize>,
     /// When waiting ranks give up, earliest first; entries may be stale.
     alarms: BinaryHeap<Reverse<(u64, usize)>>,
-    /// A rank dies at one in so many steps; 0: never.
+    /// A rank dies at one in this many steps; 0: never.
     deadly: u64,
-    /// The steps that the first rank has left before it dies; 0: any number.
+    /// The number of steps that the first rank has left before it dies; 0: no limit.
     left: u64,
-    /// Which rank ran when: equal for two runs of a seed.
+    /// A hash of the order in which ranks ran, equal for two runs of a seed.
     trace: u64,
 }
 
-/// See the module. Time is in microseconds.
+/// The scheduler of a simulation; see the module. Time is in microseconds.
 pub(super) struct Scheduler {
     base: Instant,
     clocks: Vec<Clock>,
@@ -102,7 +102,7 @@ pub(super) struct Scheduler {
 }
 
 impl Scheduler {
-    /// A scheduler of a rank for each clock, all of which are ready.
+    /// A scheduler with one rank for each clock. All ranks are ready.
     pub fn new(seed: u64, clocks: Vec<Clock>, deadly: u64, first_dies: u64) -> Self {
         let ranks = clocks.len();
         let state = State {
@@ -111,7 +111,7 @@ impl Scheduler {
             turns: 0,
             status: vec![Status::Ready; ranks],
             dead: vec![false; ranks],
-            // As long as it ever is.
+            // The list is never longer than this.
             ready: (0..ranks).collect(),
             alarms: BinaryHeap::new(),
             deadly,
@@ -178,12 +178,12 @@ impl Scheduler {
         self.state().now
     }
 
-    /// What ran when, as one number.
+    /// The order in which ranks ran, as one number.
     pub fn trace(&self) -> u64 {
         self.state().trace
     }
 
-    /// What the clock of a rank shows at a time.
+    /// The reading of a rank's clock at a time.
     pub fn instant(&self, me: usize, time: u64) -> Instant {
         let Clock { ahead, gain } = self.clocks[me];
         let gained = i128::from(time) * i128::from(gain) / 1_000_000;
@@ -198,7 +198,7 @@ impl Scheduler {
         (time..time + 3).find(|time| self.instant(me, *time) >= instant).unwrap_or(time + 3)
     }
 
-    /// Whether the rank was killed: its destructors run.
+    /// True if the rank was killed and its destructors run.
     pub fn is_dead(&self, me: usize) -> bool {
         self.state().dead[me]
     }
@@ -217,7 +217,7 @@ impl Scheduler {
             drop(state);
             resume_unwind(Box::new(Killed));
         }
-        // A step takes a microsecond, in which every rank may take one.
+        // A step takes a microsecond, in which every rank may take a step.
         let all = state.status.len() as u64;
         state.now += u64::from(state.rng.one_in(all));
         state.ready.push(me);
