@@ -18,9 +18,10 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
         let Ok(header) = bounded(header.len(), || Header::parse(&header, len + data)) else { continue };
         assert!(whose.is_err() || whose.as_ref().is_ok_and(|whose| *whose == (header.step, header.attempt)));
         let whole = header.tensors.iter().map(|t| (&t.name[..], t.dtype, &t.shape[..], t.offsets.clone()));
-        let boxes = header.tensors.iter().filter_map(|t| {
-            t.at.as_ref().map(|at| (&t.name[..], t.dtype, &t.shape[..], t.offsets.clone(), &at[..]))
-        });
+        let boxes = header
+            .tensors
+            .iter()
+            .filter_map(|t| t.at.as_ref().map(|at| (&t.name[..], t.dtype, &t.shape[..], t.offsets.clone(), &at[..])));
         let sharded = header.tensors.iter().any(|t| t.at.is_some());
         let template = if sharded { HeaderTemplate::sharded(boxes) } else { HeaderTemplate::new(whole) };
         let template = template.unwrap();

@@ -14,7 +14,11 @@ enum Any {
     Float(f32),
     Ints(BTreeMap<i64, f64>),
     Enum(Enum),
-    Named { a: Option<Box<Any>>, #[serde(flatten)] rest: BTreeMap<String, Value> },
+    Named {
+        a: Option<Box<Any>>,
+        #[serde(flatten)]
+        rest: BTreeMap<String, Value>,
+    },
     List(Vec<Any>),
 }
 
