@@ -140,7 +140,7 @@ fn on_disk(dir: &Path) -> Result<()> {
     if !is_url(dir) {
         return Ok(());
     }
-    let what = "this command measures a disk, and has no measure of object stores: give a directory";
+    let what = "this command measures disks, not object stores: give a directory";
     Err(Error::new(ErrorKind::Invalid, what).with_path(dir))
 }
 

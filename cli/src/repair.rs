@@ -227,7 +227,7 @@ impl Repair {
         if !self.uncertain.is_empty() {
             let count = counted(self.uncertain.len(), "damaged range");
             return text
-                + &out::wrapped("", &format!("nothing was written: of {count} it is not certain what was there"));
+                + &out::wrapped("", &format!("nothing was written: the original bytes of {count} are not certain"));
         }
         text += &out::wrapped(
             "",

@@ -22,7 +22,7 @@ pub fn of(path: &Path, file: &str) -> Result<Vec<Sharing>> {
     let root = if root.as_os_str().is_empty() { Path::new(".") } else { root };
     let found = Catalog::open(root).and_then(|catalog| catalog.sharing(name, file));
     found.inspect_err(|error| {
-        out::complain(&format!("which steps share {} is not known: {}", out::printable(file), words::of(error)));
+        out::complain(&format!("cannot find the steps that share {}: {}", out::printable(file), words::of(error)));
     })
 }
 

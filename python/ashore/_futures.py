@@ -1,7 +1,8 @@
-"""Futures of saves, and the one thread that completes them.
+"""Futures of saves, and the notifier thread that completes them.
 
-Threads of the engine never run Python. They put numbers into a queue; the notifier thread takes them from there and
-completes futures. It exists only after something waits for a future by other means than ``result()``.
+Threads of the engine never run Python. They put numbers into a queue; the notifier thread takes the numbers
+from the queue and completes the futures. The notifier thread starts when a program first waits for a future
+by other means than ``result()``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ T = TypeVar("T")
 
 
 class _Notifier:
-    """The thread, and the futures that it completes."""
+    """The notifier thread, and the futures that it completes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -46,7 +47,7 @@ class _Notifier:
                     future._settle()
 
     def stop(self) -> None:
-        """Ends the thread: it must not wait in Rust when the interpreter ends."""
+        """Ends the thread, because it must not wait in Rust when the interpreter ends."""
         with self._lock:
             thread, self._thread = self._thread, None
         if thread is not None:
@@ -64,7 +65,8 @@ os.register_at_fork(after_in_child=notifier.forget)
 
 
 class SaveFuture(Future[T], Generic[T]):
-    """A future of a save. ``result()`` waits in the engine; everything else has the notifier complete it."""
+    """A future of a save. ``result()`` waits in the engine; in all other cases the notifier completes the
+    future."""
 
     _done_callbacks: list[Callable[[Future[T]], object]]
 
@@ -73,11 +75,11 @@ class SaveFuture(Future[T], Generic[T]):
         self._watched = False
         self._arm = threading.Lock()
         super().__init__()
-        # It runs from the beginning, so a task that is cancelled does not cancel the save.
+        # The future is RUNNING from the beginning, so a task that is cancelled does not cancel the save.
         self._state = "RUNNING"
 
-    # `concurrent.futures.wait` and `as_completed` look at the condition and the list of waiters and call nothing:
-    # a caller that touches the condition wants to be told.
+    # `concurrent.futures.wait` and `as_completed` read the condition and the list of waiters and call no
+    # method. So an access to the condition means that the caller wants to be notified.
     @property
     def _condition(self) -> threading.Condition:
         if not self._watched:
@@ -104,7 +106,7 @@ class SaveFuture(Future[T], Generic[T]):
         try:
             ended, outcome = self._outcome(0.0)
             if not ended:
-                raise make("internal", "a save was said to have ended and has not")
+                raise make("internal", "the engine reported the end of a save that has not ended")
             result = self._convert(outcome)
         except BaseException as error:
             self.set_exception(error)
@@ -130,7 +132,8 @@ class SaveFuture(Future[T], Generic[T]):
         return None
 
     def done(self) -> bool:
-        """Whether ``result()`` returns at once. An error of the save is not seen by that."""
+        """True if ``result()`` returns at once. Calling this does not count as seeing an error of the
+        save."""
         return self._handle.is_done(self._staged)
 
     def running(self) -> bool:
@@ -148,8 +151,8 @@ class SaveFuture(Future[T], Generic[T]):
             self._call(callback)
 
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
-        """Calls ``fn`` with this future when it is done, in the notifier thread, or at once when it is done already.
-        An exception in it goes to ``sys.unraisablehook``."""
+        """Calls ``fn`` with this future in the notifier thread when it is done, or at once if it is done
+        already. An exception in ``fn`` goes to ``sys.unraisablehook``."""
         with self._condition:
             if self._state == "RUNNING":
                 self._done_callbacks.append(fn)
@@ -162,7 +165,7 @@ class SaveFuture(Future[T], Generic[T]):
         except BaseException as error:
             _ashore.unraisable(error, fn)
 
-    # That of the base takes the condition, which asks to be told.
+    # The base class's method reads the condition, and so would register the future with the notifier.
     def __repr__(self) -> str:
         return f"<ashore.SaveFuture of={self._of()} step={self._handle.step} phase={self._handle.progress()[0]}>"
 
@@ -171,7 +174,7 @@ class SaveFuture(Future[T], Generic[T]):
 
 
 class PromotionFuture(SaveFuture[T]):
-    """A future of durability in a tier."""
+    """A future that is done when the step is durable in a tier."""
 
     def __init__(self, handle: _ashore.Handle, promotion: _ashore.Promotion, convert: Callable[[Any], T]) -> None:
         self._promotion = promotion

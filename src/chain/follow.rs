@@ -93,7 +93,7 @@ impl Follower {
         let held = match self.switch {
             Switch::InPlace => Held::InPlace(weights),
             Switch::Double if weights.is_fresh() => Held::Double(Double::new(Weights::new())),
-            Switch::Double => return Err(Error::invalid("two copies need memory of their own: lend none")),
+            Switch::Double => return Err(Error::invalid("a follower with two copies allocates both: lend none")),
         };
         let watch = Watch::new(self.root.as_deref());
         let (mut cache, settings) = (Cache::default(), self);
@@ -238,7 +238,7 @@ impl Update {
     pub fn changes(&self, weights: &Weights<'_>) -> Result<Vec<Changed>> {
         let What::Delta(delta, _) = &self.what else { return Ok(Vec::new()) };
         if weights.holding() != self.base {
-            return Err(Error::invalid("an update is asked what it changes in other weights").with_step(self.version()));
+            return Err(Error::invalid("the update was made for other weights than these").with_step(self.version()));
         }
         let mut changed = Vec::new();
         for (entry, patch) in delta.manifest.tensors.iter().zip(&delta.patches) {

@@ -47,7 +47,7 @@ impl Wish {
     fn fulfil(self, device: &dyn Device, report: &mut DeviceReport) -> Offer {
         let (is_gpu, at_most) = (device.name() != "host", FOREGROUND);
         if is_gpu && self.chunk > at_most {
-            tracing::warn!(chunk = self.chunk, at_most, device = %report, "chunks are large: what the program reads from the device waits for two of them");
+            tracing::warn!(chunk = self.chunk, at_most, device = %report, "chunks are large: reads of the program from the device wait for two chunks");
         }
         let Self { chunk, gather, scratch, given, .. } = self;
         // A program that provides memory of one device is not made to give more than that.
@@ -69,7 +69,7 @@ impl Wish {
             (true, None) => device.batches().map_err(|error| format!("{error:#}")),
         };
         if let (Err(reason), true) = (&report.batch, self.batch && is_gpu) {
-            tracing::warn!(%reason, device = %report, "copies from the device are calls of their own");
+            tracing::warn!(%reason, device = %report, "copies from the device are not batched: each is one call");
         }
         Offer {
             scratch: kernels.ok().map(|kernels| Scratch::new(kernels, chunk as usize, elsewhere)),

@@ -81,7 +81,7 @@ pub(super) fn take_over(
     let mut take = |parts: Vec<Vec<u8>>| {
         for (rank, theirs) in (0..).zip(&parts) {
             if *theirs != names.as_bytes() {
-                let why = "ranks have other tiers: give all of them the same, or set ASHORE_TIER for all";
+                let why = "ranks have different tiers: give all ranks the same, or set ASHORE_TIER for all";
                 let theirs = String::from_utf8_lossy(theirs);
                 let error = Error::invalid(format!("{why} rank_0={names} rank_{rank}={theirs}"));
                 return Err(error.with_ranks([rank]));

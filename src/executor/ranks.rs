@@ -410,8 +410,7 @@ impl Rounds {
                 }
                 let other = |described: &Described| share.as_ref().is_some_and(|share| *share != described.share);
                 if matches!(early, Early::Begun(_)) && described.as_ref().is_some_and(other) {
-                    let why =
-                        "the tensors of another rank have changed, and with them what this one writes: save again";
+                    let why = "the tensors of another rank have changed, so this rank's share has changed: save again";
                     attempt = Err(Error::new(ErrorKind::Busy, why));
                 }
                 Next::Commit(Attempted { save, attempt, plan, structure: self.known.structure() }, share)
@@ -460,7 +459,7 @@ fn wait_for_failed_chunks(task: &Task, ended: &Receiver<Arc<Task>>) {
     if let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(CHUNKS_GRACE) {
         tracing::error!(
             step = task.request.ticket.step,
-            "a failed save is left while a thread hangs with a chunk of it"
+            "a thread hangs with a chunk of a failed save: later saves do not wait for it"
         );
     }
 }

@@ -202,7 +202,7 @@ fn join(handles: &Mutex<Vec<JoinHandle<()>>>, deadline: Instant) {
         }
         if Instant::now() >= deadline {
             for thread in handles.iter() {
-                tracing::error!(thread = thread.thread().name(), "a thread hangs and is left behind");
+                tracing::error!(thread = thread.thread().name(), "a thread hangs: the shutdown goes on without it");
             }
             return;
         }

@@ -55,7 +55,7 @@ impl Merge {
                 let boxes: usize = description.tensors.iter().map(|t| t.boxes.len()).sum();
                 *free = Some((description.files, u32::try_from(boxes).unwrap_or(u32::MAX)));
             }
-            _ => return Err(Error::internal("a rank described its tensors twice, or is none").with_rank(rank)),
+            _ => return Err(Error::internal("a rank described its tensors twice, or does not exist").with_rank(rank)),
         }
         let mut number = 0;
         for tensor in &description.tensors {

@@ -83,7 +83,7 @@ impl Comparison {
         let tensor = replica.and_then(|replica| whole.tensors.get(replica.tensor as usize));
         let written = tensor.zip(replica).and_then(|(tensor, replica)| tensor.boxes.get(replica.index as usize));
         let (Some(tensor), Some(written)) = (tensor, written) else {
-            return Err(Error::internal("a rank took the digest of a replica that is none").with_ranks(drifted));
+            return Err(Error::internal("a rank sent the digest of a replica that does not exist").with_ranks(drifted));
         };
         let place = ranges(&written.place.at, &written.place.extent);
         let what = "ranks hold different values of one tensor, and only one would be kept: find out why they differ, \

@@ -304,7 +304,7 @@ impl<B: Board> Coordinator for OnBoard<B> {
                 }
             }
             if late {
-                return Err(self.late("rank 0 did not tell how it goes on in time", vec![0]));
+                return Err(self.late("rank 0 did not send its message in time", vec![0]));
             }
             self.board.wait(&format!("{folder}/{key}"), turn, deadline);
         }

@@ -273,7 +273,7 @@ impl Board for Mail {
         let (sent, was_sent) = bounded(1);
         // Rank 0 tells all others, and they tell rank 0.
         let to = if self.member.rank == 0 { 1..self.member.world as i32 } else { 0..1 };
-        let late = || Error::new(ErrorKind::Unavailable, "MPI takes no message: another rank does not receive");
+        let late = || Error::new(ErrorKind::Unavailable, "MPI sent no message in time: another rank does not receive");
         let jobs = self.jobs.as_ref().ok_or_else(ended)?;
         jobs.send_deadline(Job::Send(pack(key, bytes), to, sent), until).map_err(|_| late())?;
         was_sent.recv_deadline(until).map_err(|_| late())

@@ -69,7 +69,7 @@ impl Stager {
         let kept = KeptForRelease { state, allocation, queued, late_copy };
         if !ended {
             let (step, slabs) = (ticket.step, chunks.len());
-            tracing::error!(step, slabs, "a device is late; slabs wait for their copies");
+            tracing::error!(step, slabs, "copies from a device are late; their slabs stay in use");
             self.saves.release(&ticket);
             device_state.deferred.push(DeferredRelease::BehindCopies { kept, chunks });
         } else {

@@ -223,7 +223,10 @@ impl Behind {
     /// Notes the lineages beside the session in the root. Best effort: see [`Note`].
     pub fn write_note(&self) {
         if let Err(error) = self.note() {
-            tracing::warn!(error = format_args!("{error:#}"), "what is known of the tiers cannot be noted");
+            tracing::warn!(
+                error = format_args!("{error:#}"),
+                "cannot write the note of the tiers: the next session may promote fewer steps"
+            );
         }
     }
 
@@ -358,7 +361,10 @@ impl Behind {
             }
             if threads.is_empty() || Instant::now() >= end {
                 for thread in threads.iter() {
-                    tracing::error!(thread = thread.thread().name(), "a thread hangs in a tier and is left behind");
+                    tracing::error!(
+                        thread = thread.thread().name(),
+                        "a promotion thread hangs in a call of its tier: the shutdown goes on without it"
+                    );
                 }
                 break;
             }

@@ -39,8 +39,8 @@ impl Claim {
         let claim = (std::process::id(), place);
         let mut claimed = CLAIMED.lock().unwrap_or_else(PoisonError::into_inner);
         if claimed.contains(&claim) {
-            let why = "another executor of this process has the tier, and a tier is of one executor: shut that \
-                       one down first, or give each its own by `Builder::tier`; ASHORE_TIER serves one executor";
+            let why = "another executor of this process has the tier, and only one executor may have it: shut that one \
+                       down first, or give each its own tier by `Builder::tier`; ASHORE_TIER serves one executor";
             return Err(Error::invalid(why).with_path(root.place()));
         }
         claimed.push(claim.clone());

@@ -115,7 +115,7 @@ impl Behind {
             match names {
                 Ok(names) => names.into_iter().for_each(|(step, name)| _ = steps.entry(step).or_insert(name)),
                 Err(why) => {
-                    let error = line.located("the steps of a tier are not known", &why);
+                    let error = line.located("cannot list the steps of a tier", &why);
                     if everywhere {
                         self.away(line, &why);
                         // Another rank may reach the tier and find a newer step.
@@ -135,7 +135,9 @@ impl Behind {
             let gone = self.lines.iter().find(|line| line.ours().is_none() && self.is_noted(line));
             if let Some(line) = gone {
                 // The other ranks read the tiers that rank 0 has noted.
-                return Err(line.located("a tier that the ranks read is away", &line.state_error()).with_step(step));
+                return Err(line
+                    .located("rank 0 cannot reach a tier that the other ranks read", &line.state_error())
+                    .with_step(step));
             }
         }
         let mut copies = vec![Copy { tier: None, opened: first.checkpoint(step) }];
@@ -164,7 +166,7 @@ impl Behind {
                 Ok(checkpoint) => {
                     if let Some(error) = why {
                         let (error, found) = (format_args!("{error:#}"), place);
-                        tracing::warn!(step, error, found, "a nearer copy of the step is not whole");
+                        tracing::warn!(step, error, found, "a nearer copy cannot be used: the one in `found` is read");
                     }
                     return Ok(Checkpoint { tier, ..checkpoint });
                 }
@@ -212,7 +214,7 @@ impl Behind {
         });
         let foreign = self.reached().find(|(line, _)| !descends(line, near));
         if let (true, Some((line, _))) = (alone, foreign) {
-            let why = "the job went on elsewhere since this step was saved, and its tier does not have it";
+            let why = "the job continued elsewhere after it saved this step, and the tier lacks the step";
             let error = Error::new(ErrorKind::Conflict, format!("{why} tier={:?}", line.name));
             return Err(error.with_step(step).with_path(near.path()));
         }

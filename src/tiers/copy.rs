@@ -139,7 +139,7 @@ impl Into<'_> {
                 replaceable(self.to.as_ref(), from.name())?;
                 Ok(Present::Replaceable)
             }
-            Err(Failure::Foreign(_)) => Err(conflict("the destination has no checkpoint under the step's name".into())),
+            Err(Failure::Foreign(_)) => Err(conflict("the directory at the destination is not a checkpoint".into())),
             Err(failure) => Err(failure.into_error().with_step(from.step())),
             Ok(there) if there.attempt() == from.attempt() => Ok(Present::Same),
             Ok(there) if (self.replaces)(&there) => Ok(Present::Replaceable),

@@ -107,7 +107,7 @@ impl Note {
             Err(error) => {
                 tracing::warn!(
                     error = format_args!("{error:#}"),
-                    "what earlier sessions knew of the tiers is lost: fewer of their steps are promoted"
+                    "cannot read the note of the tiers of an earlier session: fewer of its steps are promoted"
                 );
                 Self::default()
             }
@@ -124,7 +124,7 @@ impl Note {
     /// `Unavailable` if there is none: a newer session deletes it.
     pub(super) fn of(shared: &dyn Shared, generation: u64) -> Result<Self> {
         let none = || {
-            let why = "rank 0 has noted nothing about the tiers: has another session taken the root over?";
+            let why = "rank 0 has written no note of the tiers: has another session taken the root over?";
             Error::new(ErrorKind::Unavailable, format!("{why} generation={generation}"))
         };
         Self::parse(&shared.note(generation, NOTE, MAX_NOTE)?.ok_or_else(none)?)
@@ -135,7 +135,7 @@ impl Note {
     pub(crate) fn keep(&self, shared: &dyn Shared, generation: u64) {
         if !self.tiers.is_empty() {
             let noted = Self { tiers: self.tiers.clone(), ours: BTreeSet::new() };
-            guard::attempt("keep what is known of the tiers", || noted.write(shared, generation));
+            guard::attempt("keep the note of the tiers of an earlier session", || noted.write(shared, generation));
         }
     }
 

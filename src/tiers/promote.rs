@@ -319,7 +319,12 @@ impl Promoter<'_> {
         drop(state);
         for step in new {
             let (tier, root) = (&*self.line.name, self.line.place.display());
-            tracing::error!(step, tier, %root, "two tiers have different attempts at a step: that of the tier counts");
+            tracing::error!(
+                step,
+                tier,
+                %root,
+                "the first tier and this tier have different attempts at the step: the attempt in this tier counts"
+            );
         }
         for (step, attempt) in known {
             self.line.tell(self.line.promoted(step, attempt, 0));
@@ -327,7 +332,7 @@ impl Promoter<'_> {
         self.line.moved.notify();
         let what = "the tier has another attempt at the step, of another run, which is not replaced";
         self.line.tell_all(|attempt| forked.contains(&attempt), &Error::new(ErrorKind::Conflict, what));
-        let what = "the tier keeps only newer steps, and does not want this one";
+        let what = "the retention of the tier would delete this step at once, so it is not promoted";
         self.line.tell_all(|attempt| unwanted.contains(&attempt), &Error::new(ErrorKind::Cancelled, what));
         let all = lacks.into_iter().rev();
         all.filter(|(step, _)| mode != Mode::Newest || Some(*step) == newest).collect()
@@ -400,7 +405,7 @@ impl Promoter<'_> {
             self.behind.away(self.line, error);
             self.there.clear();
         }
-        let what = if first { "promotion failed, because the first tier did" } else { "promotion failed" };
+        let what = if first { "promotion failed, because of an error in the first tier" } else { "promotion failed" };
         let error = self.line.located(what, error);
         let (tier, root) = (&*self.line.name, self.line.place.display());
         tracing::warn!(tier, %root, error = format_args!("{error:#}"), ?wait, "a promotion is tried again");

@@ -68,7 +68,7 @@ fn every_verb(root: &str) {
     assert!(listed.contains("\"step\":3,\"fork\":false"), "{listed}");
     refused(&["convert", &step, "--to", "ranks", "2", &format!("{root}/other")], "ashore copy");
     for verb in [&["demo"][..], &["bench", "save"]] {
-        refused(&[verb, &["--dir", root]].concat(), "measures a disk");
+        refused(&[verb, &["--dir", root]].concat(), "measures disks");
     }
 }
 

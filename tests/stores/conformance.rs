@@ -72,6 +72,6 @@ fn a_store_that_does_not_hear_conditions_is_refused_before_anything_is_saved() {
     let builder = CheckpointExecutor::builder("unused").storage(over(&store)).arena(4 << 20).chunk(1 << 20);
     let error = builder.build().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid, "{error:#}");
-    assert!(error.message().contains("does not hear conditions"), "{error:#}");
+    assert!(error.message().contains("ignores conditions of puts"), "{error:#}");
     assert!(store.keys().is_empty(), "{:?}", store.keys());
 }

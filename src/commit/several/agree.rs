@@ -153,7 +153,7 @@ impl Group {
         }
         for (rank, theirs) in &votes {
             let differ = |what: &str, ours: String, theirs: String| {
-                let why = format!("ranks save another {what} rank_0={ours} rank_{rank}={theirs}");
+                let why = format!("ranks differ in the {what} of a save rank_0={ours} rank_{rank}={theirs}");
                 Err(Error::invalid(why).with_ranks([*rank]))
             };
             if theirs.step != vote.step {
@@ -212,7 +212,7 @@ impl Group {
         let mut describe = |rank: u32| match (rank, noted.get(&rank)) {
             (0, _) => Ok(description.to_vec()),
             (_, Some(note)) => self.read(&state_of(rank), note, rank),
-            (_, None) => Err(Error::internal("a rank that has left no description").with_rank(rank)),
+            (_, None) => Err(Error::internal("a rank has left no description of its state").with_rank(rank)),
         };
         let (parts, structure) = assign(&mut describe)?;
         let mut plan = Digest::EMPTY;
@@ -232,7 +232,7 @@ impl Group {
         if identity(&bytes) == note.digest {
             return Ok(bytes);
         }
-        let why = "a rank's description of its state is not what it wrote: does it see the root of rank 0?";
+        let why = "rank 0 reads another description of state than a rank wrote: does the rank see the root of rank 0?";
         Err(Error::corrupt(why).with_ranks([rank]))
     }
 

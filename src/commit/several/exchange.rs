@@ -76,7 +76,7 @@ impl Group {
             let collected = self.collect(save, phase, part, deadline);
             let mut mine = Vec::new();
             let answered = collected.and_then(|parts| {
-                let reduced = guarded("what rank 0 does for all ranks panicked", || reduce(parts));
+                let reduced = guarded("the work that rank 0 does for all ranks panicked", || reduce(parts));
                 self.answer(save, phase, reduced?, &mut mine)
             });
             let answered = answered.map_err(|error| if error.ranks().is_empty() { error.with_rank(0) } else { error });
@@ -194,7 +194,7 @@ impl Group {
 
     /// Takes part in the first exchange of a save that this rank gives up.
     pub fn decline(&self, save: u64, deadline: Instant) {
-        let why = Error::new(ErrorKind::Cancelled, "a rank gave a save up before its turn had come");
+        let why = Error::new(ErrorKind::Cancelled, "a rank gave up the save before its turn in the order of saves");
         let _ = self.exchange(save, Phase::Agree, Err(why), &mut |_| Ok(Reply::Same(Vec::new())), deadline);
     }
 }

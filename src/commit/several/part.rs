@@ -194,7 +194,7 @@ impl Mine<'_> {
     fn read(&self, rank: u32, receipt: &Receipt) -> Result<Note> {
         let note = self.group.shared.note(self.group.session.generation, &files_of(rank), MAX_NOTE)?;
         let note = note.filter(|note| Digest::of(note) == receipt.digest);
-        let why = || Error::corrupt("what a rank says of its files is not what it wrote").with_ranks([rank]);
+        let why = || Error::corrupt("a rank's note of its files is not what the rank wrote").with_ranks([rank]);
         serde_json::from_slice(&note.ok_or_else(why)?).map_err(|error| why().with_source(error))
     }
 }

@@ -134,7 +134,7 @@ fn open(shared: &dyn Shared, hellos: &[Hello], carry: Carry<'_>) -> Result<Sessi
     let first = hellos.first().ok_or_else(|| Error::internal("a session without ranks"))?;
     for hello in hellos {
         let differ = |what: &str, theirs: &str, ours: &str| {
-            let why = format!("ranks have another {what} rank_0={ours:?} rank_{}={theirs:?}", hello.member.rank);
+            let why = format!("ranks differ in the {what} rank_0={ours:?} rank_{}={theirs:?}", hello.member.rank);
             Err(Error::invalid(why).with_ranks([hello.member.rank]))
         };
         let (ours, theirs) = (first.member.world, hello.member.world);

@@ -297,7 +297,7 @@ impl<B: Board> Table<'_, B> {
         match (answered, reason) {
             (false, None) => return self.on.late("rank 0 has not come", vec![0]),
             (false, Some(reason)) => {
-                let text = format!("rank 0 met the others before this rank came, and not again: {reason}");
+                let text = format!("rank 0 met the others before this rank came, and did not meet again: {reason}");
                 return self.on.late(&text, vec![0]);
             }
             (true, _) => {}

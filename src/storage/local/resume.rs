@@ -58,7 +58,7 @@ impl Local {
                 };
             }
         };
-        durable::inherited(&root).map_err(root.own_error("cannot make durable what a dead process did"))?;
+        durable::inherited(&root).map_err(root.own_error("cannot make changes of a dead process durable"))?;
         if dead.identity.is_none() {
             // The owner died before it made the attempt, or after the publish.
             dead.owner.erase(&root)?;

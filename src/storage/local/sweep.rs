@@ -51,7 +51,7 @@ fn bury(root: &Dir, dead: Vec<Dead>, swept: &mut Swept) {
     if dead.is_empty() {
         return;
     }
-    let inherited = durable::inherited(root).map_err(root.own_error("cannot make durable what a dead process did"));
+    let inherited = durable::inherited(root).map_err(root.own_error("cannot make changes of a dead process durable"));
     let mut cleared = Vec::new();
     let mut deleted = false;
     for found in dead {

@@ -39,8 +39,8 @@ fn put_back(root: &Dir, name: &str, trash: &str) -> Result<()> {
         }
         back => back,
     };
-    back.map_err(root.error("cannot rename back from the trash what must not be removed", trash))?;
-    durable::published(root).map_err(root.error("cannot make durable that this has its name back", name))
+    back.map_err(root.error("cannot rename a directory back from the trash, which must not be removed", trash))?;
+    durable::published(root).map_err(root.error("cannot make a rename back from the trash durable", name))
 }
 
 /// Deletes the attempt `temp` durably. After that its owner record may be deleted.
@@ -87,7 +87,7 @@ pub(super) fn delete(root: &Dir, name: &str) -> Result<()> {
         match dir.look(&file).map_err(dir.error("cannot look at", &file))? {
             None => {}
             Some(stat) if stat.kind == Kind::Dir => {
-                return Err(Error::invalid("a directory that no checkpoint has; left where it is")
+                return Err(Error::invalid("a checkpoint contains no directories; this one was not removed")
                     .with_path(dir.path().join(file)));
             }
             Some(stat) => dir.unlink(&file, stat.kind).map_err(dir.error("cannot delete", &file))?,

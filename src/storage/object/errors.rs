@@ -108,7 +108,7 @@ pub(super) fn meaning(answer: &Answer, worked: bool) -> Meaning {
     match answer {
         Answer::NotFound { .. } => Meaning::last(NotFound, "no such object"),
         // A request without a condition gets this answer while another request changes the same object.
-        Answer::AlreadyExists { .. } => Meaning::passing(Unavailable, "another request was in the way of this one"),
+        Answer::AlreadyExists { .. } => Meaning::passing(Unavailable, "another request was changing the same object"),
         Answer::Precondition { .. } | Answer::NotModified { .. } => {
             Meaning::last(Conflict, "the store refused the condition")
         }
@@ -123,7 +123,7 @@ pub(super) fn meaning(answer: &Answer, worked: bool) -> Meaning {
         _ if says("status code: 400") || says("status code: 501") || says("status code: 405") => {
             Meaning::last(Invalid, "the store does not accept the request")
         }
-        _ => Meaning::passing(Unavailable, "the store did not do it: check the network and the store"),
+        _ => Meaning::passing(Unavailable, "the store did not carry out the request: check the network and the store"),
     }
 }
 

@@ -62,7 +62,7 @@ fn probe(client: &Client, key: &str) -> Result<()> {
         Ok(there.map(|(bytes, meta)| (bytes, meta.e_tag, meta.version)))
     };
     let deaf = |what: &str| {
-        let why = "the store does not hear conditions, so two jobs could publish over each other: use another store";
+        let why = "the store ignores conditions of puts, so two jobs could publish over each other: use another store";
         Err(Error::invalid(format!("{why} ignored={what:?}")).with_path(client.name()))
     };
     // S3 also refuses a condition because of a concurrent request (409). Then nothing has changed.

@@ -193,7 +193,7 @@ impl Root {
                 return Ok(());
             }
             if Instant::now() >= deadline {
-                let why = "the root is changed by others all the time, and this change never came first";
+                let why = "other writers changed the root object until the deadline, so this change was not made";
                 return Err(Error::new(ErrorKind::Busy, why).with_path(self.path()));
             }
         }
@@ -294,7 +294,7 @@ impl Root {
                 }
             }
             if Instant::now() >= end {
-                let why = "whether a change of the root will be made is unknown: the store answers no change";
+                let why = "whether a change of the root object will be made is unknown: the store answers no write";
                 return Err(Error::new(ErrorKind::Indeterminate, why).with_path(self.path()).with_source(error));
             }
             if let Some(Sent { bytes, condition, .. }) = &bump {
@@ -307,7 +307,7 @@ impl Root {
     }
 
     fn passed_by(&self, answered: &Answered) -> Error {
-        let why = "others have changed the root many times since, and this change is not in it";
+        let why = "other writers have changed the root object many times since this change, which is not in it";
         Error::new(ErrorKind::Conflict, why).with_path(self.path()).with_source(answered.error.clone())
     }
 

@@ -98,7 +98,7 @@ impl Long {
     fn end(&self, identity: &Arc<()>) {
         let mut running = lock(&self.running);
         if running.as_ref().is_some_and(|running| Arc::ptr_eq(&running.identity, identity)) {
-            tracing::warn!("a store does not read what it is sent: the connections of uploads are ended");
+            tracing::warn!("a store does not read the bytes of an upload: all upload connections are closed");
             running.take().into_iter().for_each(|running| running.runtime.shutdown_background());
         }
     }

@@ -44,7 +44,7 @@ pub fn serve() -> Result<()> {
             tracing::warn!(
                 error = format_args!("{error:#}"),
                 name = request.name,
-                "the program is gone that would hear how a save ended"
+                "the program has ended and cannot be told how a save ended"
             );
         }
         if let Ok(attempt) = written {
