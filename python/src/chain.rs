@@ -61,7 +61,7 @@ impl Publisher {
         let items = leaves.tensors.into_iter().map(item).collect();
         // The memory is taken out of the lock, because collecting runs Python code.
         let mut seen = std::mem::take(&mut *self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner));
-        let devices = sources::add(py, &mut dict, items, &mut seen, None, None, false)?;
+        let (devices, _) = sources::add(py, &mut dict, items, &mut seen, None, None, false)?;
         *self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner) = seen;
         Ok((dict, devices))
     }
@@ -257,7 +257,7 @@ fn copy(weights: &Version<'_>, lent: &mut [Lent], tied: &[(String, String)]) -> 
     let refuse = |why: &str, name: &str| Err(Error::new(ErrorKind::Invalid, format!("{why} tensor={name:?}")));
     for (name, other) in tied {
         if !std::ptr::eq(weights.bytes(name)?, weights.bytes(other)?) {
-            return refuse("two targets share memory, and their tensors are apart", name);
+            return refuse("two targets share memory, but their tensors are separate in the version", name);
         }
     }
     let is: HashMap<_, _> = weights.tensors().map(|(name, dtype, shape)| (name, (dtype, shape))).collect();
@@ -274,7 +274,7 @@ fn copy(weights: &Version<'_>, lent: &mut [Lent], tied: &[(String, String)]) -> 
         // farthest.
         let before = own.partition_point(|(start, _)| *start < end).checked_sub(1).and_then(|last| own.get(last));
         if begin < end && before.is_some_and(|(_, reached)| *reached > begin) {
-            return refuse("a target is memory that the follower writes itself: read it there", name);
+            return refuse("a target overlaps the memory of the follower itself: read the tensor there", name);
         }
         let from = weights.bytes(name)?;
         if is.get(name.as_str()) != Some(&(memory.dtype, &memory.shape[..])) {
@@ -484,7 +484,7 @@ impl Change {
             let mut values = lent::one(&values, name)?;
             let wanted = self.changed.indices.as_ref().map_or(0, |indices| indices.len() * 8);
             if indices.as_ref().map_or(0, Lent::len) != wanted || values.len() != self.changed.values.len() {
-                return Err(invalid(py, "what changes goes into memory of its length", Some(name)));
+                return Err(invalid(py, "the memory for a change has another length than the change", Some(name)));
             }
             py.detach(move || {
                 values.fill(|bytes| bytes.copy_from_slice(&self.changed.values));

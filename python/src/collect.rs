@@ -141,10 +141,12 @@ fn torch(
     }
     let layout = tensor.getattr(intern!(py, "layout"))?.str()?.to_string();
     if layout != "torch.strided" {
-        return refuse(&format!("a tensor of this layout is several: save its indices and values layout={layout}"));
+        return refuse(&format!(
+            "a tensor of this layout consists of several tensors: save its indices and values layout={layout}"
+        ));
     }
     if tensor.getattr(intern!(py, "is_nested"))?.is_truthy()? {
-        return refuse("a nested tensor is several: save those of unbind()");
+        return refuse("a nested tensor consists of several tensors: save those of unbind()");
     }
     let dtype = torch_dtype(tensor, name)?;
     let mut memory = match description {

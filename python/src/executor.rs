@@ -5,13 +5,14 @@ use crate::collect::Memory;
 use crate::errors::{self, IntoPy, closed, entry};
 use crate::handle::Handle;
 use crate::leaf::Way;
+use crate::reading::Reading;
 use crate::sources::{self, Devices, Item, Place};
 use crate::tree::{Leaves, SHAPE, Tensor};
 use crate::waiting::{interruptible, seconds};
 use crate::{checkpoint, values};
 use ashore::ranks::{Member, SharedDirectory};
 use ashore::tiers::{Tier, TierReport, TierState};
-use ashore::{Builder, Capture, CheckpointExecutor, SaveOptions, Settings, Snapshot, StateDict};
+use ashore::{Builder, Capture, CheckpointExecutor, Save, SaveOptions, Settings, Snapshot, StateDict};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyDict, PyString};
@@ -35,6 +36,8 @@ struct Seen {
     memories: Vec<Memory>,
     /// The devices with tensors of earlier saves, and how to ask for their current streams.
     devices: Vec<(i32, Way)>,
+    /// Saves whose tensors the engine reads.
+    reading: Vec<(Save, Reading)>,
 }
 
 /// When the tensors of a save are captured.
@@ -84,7 +87,7 @@ impl Captures {
     fn all_used(&self, py: Python<'_>) -> PyResult<()> {
         match self.rules.iter().find(|(name, _, used)| !used && !name.is_empty()) {
             Some((name, ..)) => {
-                Err(errors::invalid(py, "a capture is given for what the state does not have", Some(name)))
+                Err(errors::invalid(py, "a capture is given for a name that the state does not have", Some(name)))
             }
             None => Ok(()),
         }
@@ -272,6 +275,7 @@ impl Executor {
                 // This call returns at once, and marks the saves as fenced.
                 return py.detach(|| engine.fence()).or_raise(py);
             }
+            let resized = self.resized(py)?;
             let streams = match streams {
                 Some(streams) => streams.into_iter().map(|(ordinal, handle)| sources::given(ordinal, handle)).collect(),
                 None => {
@@ -282,7 +286,8 @@ impl Executor {
                 }
             };
             let wait = move || if streams.is_empty() { engine.fence() } else { engine.fence_on(&streams) };
-            interruptible(py, wait)?.or_raise(py)
+            let fenced = interruptible(py, wait)?.or_raise(py);
+            resized.map_or(fenced, Err)
         })
     }
 
@@ -409,7 +414,7 @@ impl Executor {
         // The memory is taken out of the lock, because collecting runs Python code.
         let mut memories =
             std::mem::take(&mut self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).memories);
-        let devices = sources::add(py, &mut dict, items, &mut memories, keep, stream, immutable)?;
+        let (devices, reading) = sources::add(py, &mut dict, items, &mut memories, keep, stream, immutable)?;
         let mut seen = self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
         seen.memories = memories;
         drop(seen);
@@ -417,7 +422,23 @@ impl Executor {
         call.reached.set(true);
         let save = py.detach(|| engine.save_with(step, dict, options)).or_raise(py)?;
         self.remember(py, devices);
+        let mut seen = self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
+        seen.reading.retain(|(_, reading)| !reading.is_over());
+        seen.reading.push((save.clone(), reading));
+        drop(seen);
         Ok(Handle::new(save))
+    }
+
+    /// Cancels saves of which a storage was resized while the engine reads it. Returns the first error.
+    fn resized(&self, py: Python<'_>) -> PyResult<Option<PyErr>> {
+        // The saves are taken out of the lock, because the check runs Python code. A fence ends all of them.
+        let reading =
+            std::mem::take(&mut self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).reading);
+        let mut first = None;
+        for (save, reading) in reading {
+            first = first.or(reading.check(py, &save)?);
+        }
+        Ok(first)
     }
 
     /// Remembers the devices of a save that the engine took. Before that, a fence would be refused, because
@@ -440,7 +461,7 @@ fn freeze(py: Python<'_>, dict: &mut StateDict<'static>, name: &str) -> PyResult
     let within = |tensor: &str| tensor.strip_prefix(name).is_some_and(|rest| name.is_empty() || rest.starts_with('.'));
     let names: Vec<String> = dict.layouts().map(|(tensor, _)| tensor).filter(|t| within(t)).map(Into::into).collect();
     if names.is_empty() {
-        return Err(errors::invalid(py, "what the state does not have is declared frozen", Some(name)));
+        return Err(errors::invalid(py, "a name that the state does not have is declared frozen", Some(name)));
     }
     names.iter().try_for_each(|tensor| dict.frozen(tensor).map(drop)).or_raise(py)
 }

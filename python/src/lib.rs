@@ -18,6 +18,7 @@ mod known;
 mod leaf;
 mod lent;
 mod notify;
+mod reading;
 mod sources;
 mod targets;
 mod tree;

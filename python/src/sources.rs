@@ -16,6 +16,7 @@
 use crate::collect::{self, Found, Memory};
 use crate::errors::{self, IntoPy};
 use crate::leaf::Way;
+use crate::reading::{Extent, Owners, Reading};
 use ashore::{Capture, DeviceStream, HostTensor, RawDevice, RawHost, StateDict};
 use pyo3::prelude::*;
 use pyo3::types::PyList;
@@ -29,7 +30,7 @@ pub type Place = (Vec<usize>, Vec<usize>);
 struct Immutable {
     address: usize,
     bytes: usize,
-    _keep: Keep,
+    _keep: Owners,
 }
 
 impl AsRef<[u8]> for Immutable {
@@ -51,17 +52,14 @@ pub struct Item<'py> {
     pub capture: Option<Capture>,
 }
 
-/// The owners of the memory of all tensors of a save. A thread of the engine drops it without the GIL. The
-/// next call into this module then releases the reference.
-type Keep = Arc<Py<PyList>>;
-
 /// The streams of the devices with tensors of a save, and how to ask for the current stream. Each device has
 /// one entry for libraries that tell their stream, and one for all others.
 pub type Devices = HashMap<(i32, bool), (DeviceStream<'static>, Way)>;
 
 /// Finds the memory of `items` and adds them to `state`. `seen` holds the memory of the tensors of the last
 /// save, in order, and is replaced by that of this save. `extra` is kept alive, too. `immutable` declares
-/// that nothing writes the memory while its owner lives: then no fence is needed.
+/// that nothing writes the memory while its owner lives: then no fence is needed. Returns the memory that the
+/// engine reads, too.
 ///
 /// # Errors
 /// `InvalidError`, naming the tensor.
@@ -73,10 +71,11 @@ pub fn add<'py>(
     extra: Option<Py<PyAny>>,
     stream: Option<usize>,
     immutable: bool,
-) -> PyResult<Devices> {
+) -> PyResult<(Devices, Reading)> {
     let mut devices = Devices::new();
     let mut owners: Vec<Py<PyAny>> = extra.into_iter().collect();
     owners.reserve(items.len());
+    let mut tensors = Vec::with_capacity(items.len());
     let mut memories = Vec::with_capacity(items.len());
     let mut streams = Vec::with_capacity(items.len());
     for (number, item) in items.iter().enumerate() {
@@ -98,10 +97,15 @@ pub fn add<'py>(
             devices.insert(place, (promised(stream), way));
         }
         streams.push(place.and_then(|place| devices.get(&place)).map(|(stream, _)| *stream));
+        // A tensor that is captured in the call may be resized after it.
+        if way.says_stream() && memory.elements() > 0 && item.capture != Some(Capture::AtSave) {
+            let (begin, end) = memory.extent();
+            tensors.push(Extent { number, owner: owners.len(), begin, end });
+        }
         owners.push(keep);
         memories.push(memory);
     }
-    let keep: Keep = Arc::new(PyList::new(py, owners)?.unbind());
+    let keep: Owners = Arc::new(PyList::new(py, owners)?.unbind());
     let holders = holders(&mut items, &memories);
     for (((item, memory), stream), holder) in items.iter().zip(&memories).zip(streams).zip(holders) {
         if let Some(holder) = holder.and_then(|holder| items.get(holder)) {
@@ -111,7 +115,8 @@ pub fn add<'py>(
         put(py, state, item, memory, stream, keep.clone(), immutable)?;
     }
     *seen = memories;
-    Ok(devices)
+    let names = items.into_iter().map(|item| item.name).collect();
+    Ok((devices, Reading { owners: Arc::downgrade(&keep), tensors, names }))
 }
 
 /// For each item, returns the earlier item with the same memory, which holds its bytes. If an item is
@@ -145,7 +150,7 @@ fn put(
     item: &Item<'_>,
     memory: &Memory,
     stream: Option<DeviceStream<'static>>,
-    keep: Keep,
+    keep: Owners,
     immutable: bool,
 ) -> PyResult<()> {
     let (dtype, shape) = (memory.dtype, &memory.shape[..]);

@@ -339,6 +339,34 @@ def test_a_forgotten_fence_is_found_by_the_first_saves(root):
     executor.shutdown()
 
 
+def test_a_storage_that_was_resized_before_the_fence_cancels_the_save(root):
+    """The engine reads freed memory then, which no reference prevents: the step could have any bytes."""
+    # Larger than the arena, so that the engine still reads when the fence is called.
+    big, small = torch.ones(64 << 20), torch.ones(1 << 14)
+    with ashore.CheckpointExecutor(root, **SMALL) as executor:
+        save = executor.save(1, {"big": big, "small": small})
+        small.untyped_storage().resize_(1 << 20)
+        with pytest.raises(ashore.InvalidError, match="resized between save and fence: the save was cancelled") as error:
+            executor.fence()
+        assert error.value.tensor == "small"
+        with pytest.raises(ashore.CancelledError):
+            save.wait()
+        # It is told once, and later saves go on.
+        executor.fence()
+        executor.save(2, {"big": big, "small": torch.zeros(1 << 14)})
+        executor.fence()
+    assert ashore.Catalog(root).steps() == [2]
+
+
+def test_a_tensor_that_was_captured_in_the_call_may_be_resized(root):
+    big, small = torch.ones(64 << 20), torch.ones(1 << 14)
+    with ashore.CheckpointExecutor(root, **SMALL) as executor:
+        executor.save(1, {"big": big, "small": small}, capture={"small": "save"})
+        small.untyped_storage().resize_(1 << 20)
+        executor.fence()
+        assert executor.latest() is None or executor.latest().step == 1
+
+
 def test_capture_at_save_needs_no_fence(executor):
     counter = torch.zeros(4)
     save = executor.save(1, {"model": {"counter": counter}}, capture={"model": "save"})
