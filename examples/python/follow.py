@@ -1,7 +1,7 @@
 """Serves a model whose weights follow a chain: follow.py CHAIN STEP
 
-Ends when the weights are those of training step STEP. With a GPU the model lies there; otherwise versions are
-written into its own memory.
+Ends when the weights are those of training step STEP. With a GPU, the model lies in GPU memory; otherwise
+versions are written straight into the model's memory.
 """
 
 import sys
@@ -16,7 +16,7 @@ from ashore.torch import apply_update
 
 
 def followed(chain, **settings):
-    """The follower, as soon as the trainer has begun."""
+    """Returns the follower as soon as the trainer has begun."""
     while True:
         try:
             return Follow(chain, **settings)
@@ -34,7 +34,7 @@ def main(chain, last):
     while step < last:
         update = follow.next()  # read and checked; the model is still the version before
         step = update.values()["step"]
-        # Between two batches: nothing reads the model now.
+        # Apply between two batches, while nothing reads the model.
         version = apply_update(follow, update, tensors) if device == "cuda" else follow.apply(update)
         with torch.inference_mode():
             answer = model(torch.arange(32, device=device)).argmax(-1)

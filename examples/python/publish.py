@@ -1,6 +1,7 @@
 """Trains a small model and publishes its bf16 weights after every step: publish.py CHAIN STEPS
 
-Run follow.py beside it, on the same directory or URL. A trainer that is killed goes on with the next version.
+Run follow.py beside it, on the same directory or URL. A trainer that is killed and restarted goes on with the
+next version.
 """
 
 import sys
@@ -22,7 +23,7 @@ def main(chain, steps):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            # What servers read: the fp32 weights rounded, new tensors that nothing writes.
+            # Servers read the fp32 weights rounded to bf16, as new tensors that nothing writes.
             weights = {name: tensor.detach().bfloat16() for name, tensor in model.state_dict().items()}
             published = publisher.publish(weights, values={"step": step}).wait()
             share = published.bytes / published.full_bytes

@@ -1,4 +1,4 @@
-"""Checkpoints of training programs, saved while they compute: durable, never torn, readable by stock tools.
+"""Saves checkpoints of training programs while they compute: durable, never torn, readable by stock tools.
 
 >>> import ashore, numpy, tempfile
 >>> root = tempfile.mkdtemp()

@@ -8,7 +8,7 @@ from . import _ashore
 
 def main() -> int:
     """Runs the program with the arguments of this process, and returns its exit status."""
-    # As any program: Ctrl-C and a closed pipe end it.
+    # As in other command-line programs, Ctrl-C and a closed pipe end the process.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     return _ashore.run(["ashore", *sys.argv[1:]])
 

@@ -1,4 +1,4 @@
-"""The extension module. Its classes are thin: the modules beside it make the API of them."""
+"""The extension module. Its classes are thin; the Python modules beside it build the API from them."""
 
 from typing import Any, final
 
@@ -28,7 +28,7 @@ _Info = tuple[str, str, str | None, list[int], int]
 _Box = list[tuple[int, int]]
 # Values, values of this rank, metadata.
 _Named = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
-# Name, dtypes of safetensors and NumPy, shape, the name of the tensor that has the bytes.
+# Name, safetensors dtype, NumPy dtype, shape, name of the tensor that holds the bytes.
 _Tensor = tuple[str, str, str | None, list[int], str]
 # Overwrite, name, directory, deadline.
 _Options = tuple[bool, str | None, str | None, float | None]

@@ -1,4 +1,4 @@
-"""Reading steps, and listing them."""
+"""Reads and lists steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Region = Sequence[Union[slice, tuple[int, int]]]
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a step has under a name."""
+    """Describes one tensor of a step."""
 
     name: str
     dtype: str
@@ -38,7 +38,7 @@ class Report:
     tensors: int
     bytes: int
     damage: tuple[str, ...]
-    """What is not as it was written."""
+    """Descriptions of what is not as it was written."""
     sound: bool
     """Whether everything is as it was written."""
 
@@ -54,7 +54,7 @@ class Entry:
 
 
 class Checkpoint:
-    """An open step. What it has stays readable, even if the step is deleted meanwhile.
+    """An open step. Its contents stay readable even if the step is deleted meanwhile.
 
     >>> import ashore, numpy, tempfile
     >>> saved = ashore.save(tempfile.mkdtemp(), 1, {"model": {"w": numpy.ones((2, 2), "float32")}, "epoch": 3})
@@ -85,22 +85,23 @@ class Checkpoint:
 
     @property
     def path(self) -> Path | str:
-        """The directory, or the URL, under which it was opened."""
+        """The directory or URL from which the step was opened."""
         return place(self._core.path)
 
     @property
     def bytes(self) -> int:
-        """The length of all files."""
+        """The total length of all files of the step."""
         return self._core.bytes
 
     @property
     def tier(self) -> str | None:
-        """The tier in which the executor found it; None: its own root, or there are no tiers."""
+        """The tier in which the executor found the step; None for the executor's own root, or if there are no
+        tiers."""
         return self._core.tier
 
     @property
     def ranks(self) -> int:
-        """The number of processes that wrote it."""
+        """The number of processes that wrote the step."""
         return self._core.ranks
 
     def names(self, prefix: str = "") -> list[str]:
@@ -108,12 +109,12 @@ class Checkpoint:
         return self._core.names(prefix)
 
     def info(self, name: str) -> TensorInfo:
-        """Dtype, shape and size of a tensor."""
+        """The dtype, shape and size of the tensor ``name``."""
         name, dtype, _, shape, size = self._core.info(name)
         return TensorInfo(name, dtype, tuple(shape), size)
 
     def boxes(self, name: str) -> list[tuple[tuple[int, int], ...]]:
-        """The boxes in which a tensor is stored: begin and end in each dimension."""
+        """The boxes in which the tensor is stored, each as begin and end in each dimension."""
         return [tuple(box) for box in self._core.boxes(name)]
 
     def value_names(self) -> list[str]:
@@ -125,15 +126,16 @@ class Checkpoint:
         return self._core.value(name)
 
     def rank_value(self, rank: int, name: str) -> Any:
-        """The value ``name`` that this rank kept for itself."""
+        """The value ``name`` that the rank ``rank`` saved for itself."""
         return self._core.rank_value(rank, name)
 
     def metadata(self) -> dict[str, Any]:
-        """What describes the checkpoint."""
+        """The metadata that describes the checkpoint."""
         return {key: self._core.metadata(key) for key in self._core.metadata_keys()}
 
     def read(self, name: str, region: Region | None = None) -> numpy.ndarray[Any, Any]:
-        """The tensor ``name``, or a region of it (a slice for each dimension), as an array of NumPy."""
+        """Reads the tensor ``name``, or a region of it (a slice for each dimension), into a new NumPy
+        array."""
         _, stored, dtype, shape, _ = self._core.info(name)
         box = None if region is None else _box(region, shape, name)
         extent = tuple(shape) if box is None else tuple(end - begin for begin, end in box)
@@ -142,8 +144,9 @@ class Checkpoint:
         return array
 
     def tree(self) -> Any:
-        """The state as it was saved: dicts, lists and tuples, with arrays of NumPy for the tensors. Tied tensors are
-        one array. Of a step that was not saved from a tree: a dict of all tensors and values by name."""
+        """The state as it was saved: dicts, lists and tuples, with NumPy arrays for the tensors. Tied tensors
+        are one array. For a step that was not saved from a tree, returns a dict of all tensors and values by
+        name."""
         arrays = {}
         for name in self.names():
             _, stored, dtype, shape, _ = self._core.info(name)
@@ -152,19 +155,22 @@ class Checkpoint:
         return self._put_together(arrays)
 
     def _put_together(self, arrays: dict[str, Any]) -> Any:
-        """The tree that was saved, with these in the places of its tensors, for an adapter. It may change."""
+        """The saved tree, with ``arrays`` in the places of its tensors. For adapters; this method may
+        change."""
         if self._core.has_tree():
             return self._core.tree(arrays)
         return {**arrays, **{name: self.value(name) for name in self.value_names()}}
 
     def read_into(self, targets: Mapping[str, Any], *, strict: bool = True) -> None:
-        """Reads tensors into memory that exists: arrays and tensors by the names of what is read into them.
+        """Reads tensors into existing memory. ``targets`` maps the name of each tensor to the array or tensor
+        to fill.
 
-        Each target has the dtype and shape of the stored tensor and can be written; it may be a view with strides.
-        Nothing is converted. With ``strict`` a tensor of the step without a target is an error. Every byte is checked against
-        its digest; after an error the contents of the targets are undefined.
+        Each target must have the dtype and shape of the stored tensor and be writable. It may be a view with
+        strides. Nothing is converted. With ``strict``, a tensor of the step without a target is an error.
+        Every byte is checked against its digest. After an error, the contents of the targets are undefined.
 
-        Raises ``InvalidError`` and ``NotFoundError``, naming the tensor, before anything is read; ``DamagedError``.
+        Raises ``InvalidError`` and ``NotFoundError``, naming the tensor, before anything is read. Raises
+        ``DamagedError`` for bytes that are not what was written.
         """
         self._core.read_into([(name, target, None) for name, target in targets.items()], strict, None)
 
@@ -177,8 +183,11 @@ class Checkpoint:
         strict: bool = False,
         stream: int | None = None,
     ) -> None:
-        """Reads tensors, or regions of them (begin and end in each dimension), for an adapter. ``stream`` is the CUDA
-        stream in which the targets are used, as a number; None: the current one. It may change."""
+        """Reads tensors, or regions of them (begin and end in each dimension). For adapters; this method may
+        change.
+
+        ``stream`` is the number of the CUDA stream in which the targets are used. None is the current stream.
+        """
         boxes = [None] * len(names) if regions is None else [None if box is None else list(box) for box in regions]
         self._core.read_into(list(zip(names, targets, boxes, strict=True)), strict, stream)
 
@@ -225,7 +234,7 @@ class Catalog:
 
     @classmethod
     def open(cls, root: StrPath) -> Catalog:
-        """Opens the catalog of ``root``: the same as the constructor."""
+        """Opens the catalog of ``root``, as the constructor does."""
         return cls(root)
 
     def steps(self) -> list[int]:
@@ -242,7 +251,8 @@ class Catalog:
         return None if found is None else Checkpoint._of(found)
 
     def latest_valid(self) -> tuple[Checkpoint, list[int]] | None:
-        """The newest step whose bytes are all as written, and the steps that it skipped. Reads that step whole."""
+        """The newest step whose bytes are all as written, and the newer steps that were skipped. Reads that
+        step completely."""
         found = self._core.latest_valid()
         return None if found is None else (Checkpoint._of(found[0]), found[1])
 
@@ -251,8 +261,8 @@ class Catalog:
         return Checkpoint._of(self._core.checkpoint(step))
 
     def prune(self, keep_last: int, keep_every: int | None = None, *, dry_run: bool = False) -> list[int]:
-        """Deletes all but the newest ``keep_last`` steps and the multiples of ``keep_every``; returns those that it
-        deleted, or would delete."""
+        """Deletes all steps except the newest ``keep_last`` and the multiples of ``keep_every``. Returns the
+        steps that it deleted, or would delete with ``dry_run``."""
         return self._core.prune(keep_last, keep_every, dry_run)
 
     def delete(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Exceptions of the package: one class for each thing that a program can do about an error."""
+"""Exceptions of the package: one class for each action that a program can take after an error."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 class Error(Exception):
     """The base of all errors of this package.
 
-    ``kind`` is one word for what the program can do about it: ``"invalid"``, ``"not_found"``, ``"conflict"``,
-    ``"busy"``, ``"no_space"``, ``"unavailable"``, ``"corrupt"``, ``"device"``, ``"cancelled"``, ``"deadline"``,
-    ``"indeterminate"``, ``"closed"`` or ``"internal"``. ``tensor``, ``path`` and ``step`` are what it concerns,
-    where that is known.
+    ``kind`` is one word that tells what the program can do about the error: ``"invalid"``, ``"not_found"``,
+    ``"conflict"``, ``"busy"``, ``"no_space"``, ``"unavailable"``, ``"corrupt"``, ``"device"``,
+    ``"cancelled"``, ``"deadline"``, ``"indeterminate"``, ``"closed"`` or ``"internal"``. ``tensor``, ``path``
+    and ``step`` identify what the error concerns, where that is known.
 
     >>> import ashore, tempfile
     >>> try:
@@ -53,7 +53,7 @@ class NotFoundError(Error, LookupError):
 
 
 class ConflictError(Error):
-    """The step exists already, or another attempt at it won."""
+    """The step exists already, or another attempt at the step won."""
 
 
 class BusyError(Error):
@@ -61,11 +61,11 @@ class BusyError(Error):
 
 
 class StorageError(Error, OSError):
-    """The medium is full or failed, or the outcome of a publish is unknown. Older steps are intact."""
+    """The storage is full or failed, or the outcome of a publish is unknown. Older steps are intact."""
 
 
 class DamagedError(Error, OSError):
-    """Stored bytes are not what was written."""
+    """The stored bytes differ from the bytes that were written."""
 
 
 class DeviceError(Error, RuntimeError):
@@ -73,15 +73,15 @@ class DeviceError(Error, RuntimeError):
 
 
 class CancelledError(Error):
-    """The save was cancelled, or its executor was shut down before it was done."""
+    """The save was cancelled, or its executor was shut down before the save was done."""
 
 
 class DeadlineError(Error, TimeoutError):
-    """The deadline passed first."""
+    """The deadline passed before the operation ended."""
 
 
 class ClosedError(Error, RuntimeError):
-    """The executor was shut down, or belongs to the parent of this forked process."""
+    """The executor was shut down, or it belongs to the parent of this forked process."""
 
 
 class InternalError(Error, RuntimeError):

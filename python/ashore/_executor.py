@@ -1,4 +1,4 @@
-"""The executor: saves states while the program goes on computing."""
+"""The executor, which saves states while the program goes on computing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _OPEN: weakref.WeakSet[CheckpointExecutor] = weakref.WeakSet()
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    """The settings as the engine reads them."""
+    """Encodes the settings as the JSON text that the engine reads."""
     encoded: dict[str, Any] = {}
     for name, value in settings.items():
         if name in _SECONDS and isinstance(value, (int, float)):
@@ -50,18 +50,24 @@ def _settings(settings: Mapping[str, Any]) -> str:
 
 
 class CheckpointExecutor:
-    """Saves states under ``root`` while the program goes on computing: a directory, or a URL such as
-    ``s3://bucket/prefix``.
+    """Saves states under ``root`` while the program goes on computing. ``root`` is a directory, or a URL such
+    as ``s3://bucket/prefix``.
 
-    ``arena`` is the size of the host memory that states pass through, and ``chunk`` that of one copy and write, in
-    bytes. ``keep_last`` deletes older steps. ``device`` is ``"auto"``, ``"host"`` or ``"cuda:N"``. ``detect`` says
-    which saves find out that a fence was forgotten. ``ranks`` is for one of several processes that save together: its
-    rank, their number, and its rank on this machine; all see ``root``, in which they meet, and ``run`` is the same text
-    on all of them and on no others. ``alone`` is for a process that a launcher started with others and that saves by
-    itself. ``tiers`` are roots behind this one, nearest first, each a :class:`Tier` or its path or URL: durable steps are
-    copied to them, and ``latest`` finds the newest step of all. Other settings have the names of the engine's: ``writers``, ``files``, ``direct``,
-    ``overlap`` (how many saves may wait, or ``"block"``, ``"skip"``, ``"latest"``), ``keep_every``,
-    ``capture_budget``, ``save_timeout`` and so on; times are in seconds.
+    ``arena`` is the size in bytes of the host memory that states pass through; ``chunk`` is the size in bytes
+    of one copy and one write. ``keep_last`` deletes older steps. ``device`` is ``"auto"``, ``"host"`` or
+    ``"cuda:N"``. ``detect`` selects the saves that detect a forgotten fence.
+
+    ``ranks`` is for one of several processes that save together: its rank, the number of processes, and its
+    rank on this machine. All of them must see ``root``, where they meet. ``run`` is a text that is the same
+    in all of these processes and in no others. ``alone`` is for a process that a launcher started with others
+    and that saves by itself.
+
+    ``tiers`` are roots behind this one, nearest first, each a :class:`Tier` or its path or URL. Durable steps
+    are copied to the tiers, and ``latest`` finds the newest step of all roots.
+
+    Other settings have the same names as in the engine: ``writers``, ``files``, ``direct``, ``overlap`` (how
+    many saves may wait, or ``"block"``, ``"skip"``, ``"latest"``), ``keep_every``, ``capture_budget``,
+    ``save_timeout`` and so on. Times are in seconds.
 
     >>> import ashore, numpy, tempfile
     >>> weights = numpy.zeros(1000, "float32")
@@ -75,7 +81,7 @@ class CheckpointExecutor:
     3
     0.1
 
-    Leaving the ``with`` block waits for saves in flight, and so does the end of the interpreter.
+    Leaving the ``with`` block waits for the saves in flight. The end of the interpreter waits for them, too.
     """
 
     def __init__(
@@ -125,21 +131,25 @@ class CheckpointExecutor:
     ) -> Save:
         """Saves ``state`` as ``step`` and returns at once.
 
-        ``state`` is a dict, list or tuple of others, of tensors (of torch, NumPy, or any library with DLPack) and of
-        plain values. The name of each leaf is the path to it, joined by dots. Nothing may write the tensors until the
-        next :meth:`fence` returns, or ``Save.staged`` is done; small ones in host memory are copied in the call.
-        Their storages must not be resized in that time, either.
+        ``state`` is a dict, list or tuple that contains others, tensors (of torch, NumPy, or any library with
+        DLPack) and plain values. The name of each leaf is the path to it, joined by dots. Nothing may write
+        the tensors until the next :meth:`fence` returns or ``Save.staged`` is done; the call copies small
+        tensors in host memory. Nothing may resize their storages in that time, either.
 
-        ``values`` are values beside those of the state; of ``rank_values`` each of several ranks keeps its own;
-        ``metadata`` describes the checkpoint. ``capture`` says of
-        tensors, by their names or what they are in, whether they are copied in this call (``"save"``, within the
-        setting ``capture_budget``) or by the fence; ``capture="save"`` waits until all are. ``frozen`` names tensors,
-        or what they are in, that are not expected to change: they get files of their own, which later steps share as
-        long as the bytes stay the same. ``overwrite`` replaces a step. ``name`` is the name of the directory in the root; ``directory`` is one anywhere, which is no step: no
-        catalog lists it. The save fails when it is not durable after ``deadline`` seconds.
+        ``values`` are values in addition to those of the state. ``rank_values`` are values that each of
+        several ranks saves for itself. ``metadata`` describes the checkpoint. ``capture`` selects, by the
+        name of a tensor or of a container, when tensors are copied: in this call (``"save"``, within the
+        setting ``capture_budget``) or by the fence. ``capture="save"`` waits until all tensors are copied.
+        ``frozen`` names tensors, or containers of tensors, that are not expected to change. They get files of
+        their own, which later steps share as long as the bytes stay the same.
 
-        Raises ``InvalidError``, naming the tensor, for what cannot be saved as it is; the error of an earlier save
-        that nothing has seen; ``ConflictError`` while this step is being saved; ``BusyError``; ``ClosedError``.
+        ``overwrite`` replaces a step. ``name`` is the name of the directory in the root. ``directory`` is a
+        directory anywhere, which is not a step: no catalog lists it. The save fails if it is not durable
+        after ``deadline`` seconds.
+
+        Raises ``InvalidError``, naming the tensor, for what cannot be saved as it is; the error of an earlier
+        save that was not yet raised; ``ConflictError`` while this step is being saved; ``BusyError``;
+        ``ClosedError``.
         """
         named = (dict(values), dict(rank_values), dict(metadata))
         options = _options(overwrite, name, directory, deadline)
@@ -167,14 +177,16 @@ class CheckpointExecutor:
     ) -> Save:
         """Saves tensors under names that an adapter chose, instead of a tree.
 
-        ``boxes`` has, for each tensor, None or the shape of the whole tensor and the index of the first element; a
-        name may come several times, with a box each. ``aliases`` are more names of tensors in ``names``; tensors
-        without a box that lie in the same memory become aliases by themselves. ``keep`` is kept alive until the save
-        is staged, as the owners of the memory are. ``stream`` is the CUDA stream that wrote the tensors, as a
-        number; None: the current stream of torch, and the legacy stream for other libraries. ``capture`` cannot be
-        given for boxes. ``immutable`` says that nothing writes the memory while its owner is kept alive: packed
-        tensors in host memory then need no fence, and none are captured. What else may be given is as in
-        :meth:`save`. Adapters of this package call it; it may change.
+        ``boxes`` contains, for each tensor, None or the shape of the whole tensor and the index of the first
+        element. A name may occur several times, with a box each. ``aliases`` maps more names to tensors in
+        ``names``; tensors without a box that lie in the same memory become aliases automatically. ``keep`` is
+        kept alive until the save is staged, as the owners of the memory are. ``stream`` is the number of the
+        CUDA stream that wrote the tensors; None is the current stream of torch, and the legacy stream for
+        other libraries. ``capture`` cannot be given for boxes.
+
+        ``immutable`` promises that nothing writes the memory while its owner is kept alive. Packed tensors in
+        host memory then need no fence, and none are captured. The other parameters are as in :meth:`save`.
+        Adapters of this package call this method; it may change.
         """
         named = (dict(values), dict(rank_values), dict(metadata))
         options = _options(overwrite, name, directory, deadline)
@@ -184,8 +196,9 @@ class CheckpointExecutor:
         return Save(handle)
 
     def publish_delta(self, publisher: Publisher, state: Any, *, values: Mapping[str, Any] = _MISSING) -> Publish:
-        """Publishes ``state`` as the next version of ``publisher`` (:class:`ashore.chain.Publisher`): through this
-        executor's arena and device, behind its saves, and with its :meth:`fence`. No step of this executor is written.
+        """Publishes ``state`` as the next version of ``publisher`` (:class:`ashore.chain.Publisher`). The
+        publish uses this executor's arena and device, waits behind its saves, and needs its :meth:`fence`. It
+        writes no step of this executor.
 
         Raises what :meth:`save` raises; ``InvalidError`` with several ranks; ``ConflictError`` once another publisher
         has taken the chain over.
@@ -195,31 +208,33 @@ class CheckpointExecutor:
         return Publish(self._core.publish_delta(publisher._core, state, dict(values)))
 
     def _decline(self, step: int, why: str) -> None:
-        """Says that this rank makes no call of :meth:`save` for ``step``: the save fails on the other ranks, which
-        would otherwise wait for it, and count one call more than this one."""
+        """Tells the other ranks that this rank will not call :meth:`save` for ``step``. The save then fails
+        on the other ranks. Otherwise they would wait for this rank, and count one call more than this rank
+        does."""
         self._core.decline(step, why)
 
     def fence(self, streams: Iterable[Any] | None = None) -> None:
-        """Returns when the tensors of all saves so far may be written. Call it before the optimizer's step. Costs
-        next to nothing when no save is reading.
+        """Returns when the program may write the tensors of all saves so far. Call it before the optimizer's
+        step. It costs next to nothing when no save is reading.
 
-        Tensors on a GPU may be written in ``streams`` (streams of torch, or pairs of device and handle), which wait
-        on the GPU; by default in the current stream of each device that saves had tensors on. Other streams must be
-        ordered after one of these.
+        The program may write tensors on a GPU in ``streams`` (streams of torch, or pairs of device and
+        handle), which wait on the GPU. The default is the current stream of each device that holds tensors of
+        saves. Order other streams after one of these.
         """
         self._core.fence(None if streams is None else [_stream(stream) for stream in streams])
 
     def latest(self) -> Checkpoint | None:
-        """The newest durable step, or None; with tiers the newest of all, from the nearest one that has it whole."""
+        """The newest durable step, or None. With tiers, the newest step of all roots, from the nearest root
+        that has it complete."""
         found = self._core.latest()
         return None if found is None else Checkpoint._of(found)
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """The checkpoint of ``step``; another one is never returned: ``NotFoundError``."""
+        """The checkpoint of ``step``. Raises ``NotFoundError`` rather than return another step."""
         return Checkpoint._of(self._core.checkpoint(step))
 
     def tiers(self) -> list[TierReport]:
-        """What each tier behind the root has and lacks; none if another rank promotes."""
+        """Reports what each tier behind the root has and lacks. Empty if another rank promotes."""
         return [
             TierReport(tier, place(root), state, newest, tuple(lacks), tuple(forks), error)
             for tier, root, state, newest, lacks, forks, error in self._core.tiers()
@@ -231,9 +246,12 @@ class CheckpointExecutor:
         return Catalog(self._root)
 
     def shutdown(self, deadline: float = 60.0) -> None:
-        """Stops taking saves, waits for those in flight and for copies to tiers, and gives memory and threads back. Raises the error of a
-        save that nothing has seen, or ``DeadlineError``: those that had not ended have failed. May be called
-        again."""
+        """Accepts no more saves, waits for the saves in flight and for copies to tiers, and releases memory
+        and threads.
+
+        Raises the error of a save that was not yet raised, or ``DeadlineError`` if saves had not ended: these
+        saves have failed. May be called again.
+        """
         self._core.shutdown(deadline)
         _OPEN.discard(self)
 
@@ -248,7 +266,7 @@ class CheckpointExecutor:
         except Exception as late:
             if error is None:
                 raise
-            # The error of the block is what went wrong first.
+            # The error of the block happened first.
             _ashore.unraisable(late, self)
 
     def __repr__(self) -> str:
@@ -272,8 +290,8 @@ def _stream(stream: Any) -> tuple[int, int]:
 
 
 def save(root: StrPath, step: int, state: Any, **settings: Any) -> Committed:
-    """Saves ``state`` as ``step`` under ``root`` and waits until it is durable. ``settings`` are those of
-    :class:`CheckpointExecutor`, and the options of its ``save``.
+    """Saves ``state`` as ``step`` under ``root`` and waits until the step is durable. ``settings`` are the
+    settings of :class:`CheckpointExecutor` and the options of its ``save``.
 
     >>> import ashore, numpy, tempfile
     >>> root = tempfile.mkdtemp()
@@ -311,7 +329,7 @@ def _at_exit() -> None:
 
 
 def _in_child() -> None:
-    # They belong to the parent.
+    # The executors belong to the parent.
     _OPEN.clear()
 
 

@@ -1,4 +1,4 @@
-"""Arrays and scalars of NumPy, for reading. The 8-bit floats and bfloat16 are those of ``ml_dtypes``."""
+"""NumPy arrays and scalars, for reading. The package ``ml_dtypes`` provides the 8-bit floats and bfloat16."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def dtype(name: str) -> Any:
-    """The dtype of this name."""
+    """Returns the NumPy dtype of this name."""
     import numpy
 
     try:
@@ -26,7 +26,7 @@ def dtype(name: str) -> Any:
 
 
 def empty(shape: tuple[int, ...], name: str | None, stored: str, tensor: str) -> numpy.ndarray[Any, Any]:
-    """An array for a tensor of this shape and dtype."""
+    """Returns an uninitialized array for a tensor of this shape and dtype."""
     import numpy
 
     if name is None:
@@ -36,7 +36,7 @@ def empty(shape: tuple[int, ...], name: str | None, stored: str, tensor: str) ->
 
 
 def scalar(name: str, value: Any) -> Any:
-    """The scalar of this dtype."""
+    """Returns ``value`` as a scalar of this dtype."""
     import numpy
 
     kind = dtype(name)

@@ -1,4 +1,4 @@
-"""Places of steps: directories, and URLs of object stores."""
+"""Locations of steps: directories, and URLs of object stores."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ def is_url(place: str | os.PathLike[str]) -> bool:
 
 
 def absolute(place: str | os.PathLike[str]) -> str:
-    """A directory as it is from anywhere; a URL as it was given."""
+    """Makes the path of a directory absolute; returns a URL unchanged."""
     return os.fspath(place) if is_url(place) else os.path.abspath(place)
 
 
 def place(text: str) -> Path | str:
-    """A directory as a path. A URL stays a string, because a path would lose one of its slashes."""
+    """Returns a directory as a ``Path``. A URL stays a string, because a ``Path`` would lose one of its
+    slashes."""
     return text if is_url(text) else Path(text)

@@ -35,11 +35,11 @@ class Committed:
     bytes: int
     """Bytes of tensors."""
     written_bytes: int
-    """Bytes of files of tensors that were written."""
+    """Bytes of tensor files that were written."""
     cloned_bytes: int
-    """Bytes of such files that are clones of files of an older step."""
+    """Bytes of tensor files that are clones of files of an older step."""
     linked_bytes: int
-    """Bytes of such files that are files of an older step, under a second name."""
+    """Bytes of tensor files that are files of an older step, under a second name."""
     blocked: float
     """How long ``save`` and fences blocked their callers for this save."""
     staged: float
@@ -47,16 +47,16 @@ class Committed:
     durable: float
     """When the step became durable."""
     tail: float
-    """From the last byte written until durable: fsyncs and the publish."""
+    """Time from the last byte written until the step was durable: fsyncs and the publish."""
     direct: bool
-    """Whether bytes bypassed the page cache."""
+    """True if the bytes bypassed the page cache."""
     over_budget: int
-    """Small tensors that were not captured in the call, because the budget was used up."""
+    """How many small tensors the call did not capture, because the budget was used up."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a save is."""
+    """The progress of a save."""
 
     phase: str
     """``waiting``, ``staging``, ``writing``, ``promised``, ``publishing`` or ``ended``."""
@@ -80,10 +80,10 @@ def _nothing(_: object) -> None:
 
 
 class Save:
-    """A save in progress. Dropping it detaches the save, which goes on; an error that was not seen is raised by the
-    next ``save`` or by ``shutdown``.
+    """A save in progress. Dropping this object detaches the save, which goes on. The next ``save`` or
+    ``shutdown`` then raises an error that was not yet seen.
 
-    It can be awaited in asyncio, for ``durable.result()``:
+    In asyncio, awaiting this object returns ``durable.result()``:
 
     >>> import asyncio, ashore, numpy, tempfile
     >>> async def main():
@@ -105,27 +105,32 @@ class Save:
 
     @cached_property
     def staged(self) -> Future[None]:
-        """Done when no tensor of this save will be read any more: then they may be written, as after a fence."""
+        """Done when the save will not read its tensors any more. The program may then write them, as after a
+        fence."""
         return SaveFuture(self._handle, True, _nothing)
 
     @cached_property
     def durable(self) -> Future[Committed | None]:
-        """Done when the step is durable; its result is None where the overlap policy did not begin the save."""
+        """Done when the step is durable. The result is None if the overlap policy did not begin the save."""
         return SaveFuture(self._handle, False, _committed)
 
     def durable_in(self, tier: str) -> Future[Promoted]:
-        """Done when the step is durable in the tier of this name, too: ``durable`` speaks of the executor's own root.
+        """Done when the step is also durable in the tier of this name; ``durable`` covers only the executor's
+        own root.
 
-        It fails with the error of the save; ``CancelledError`` if the tier does not want the step any more;
-        ``ConflictError`` if another session owns the tier; ``DeadlineError`` if the executor was shut down before;
-        ``InvalidError`` for a tier that the executor of this process does not have. While a tier is away, it waits.
+        The future fails with the error of the save; with ``CancelledError`` if the tier does not want the
+        step any more; with ``ConflictError`` if another session owns the tier; with ``DeadlineError`` if the
+        executor was shut down before; with ``InvalidError`` for a tier that the executor of this process does
+        not have. While a tier is away, the future waits.
         """
         return PromotionFuture(self._handle, self._handle.durable_in(tier), promoted)
 
     def wait(self, deadline: float | None = None) -> Committed | None:
-        """Waits until the save has ended, for ``deadline`` seconds at most, without the GIL. Ctrl-C interrupts it.
+        """Waits at most ``deadline`` seconds until the save has ended, without the GIL. Ctrl-C interrupts the
+        wait.
 
-        Raises the error of the save, or ``DeadlineError``: then the save goes on and can be waited for again.
+        Raises the error of the save, or ``DeadlineError``. After ``DeadlineError`` the save goes on and can
+        be waited for again.
         """
         ended, outcome = self._handle.wait(deadline)
         if not ended:
@@ -133,11 +138,11 @@ class Save:
         return _committed(outcome)
 
     def progress(self) -> Progress:
-        """How far the save is."""
+        """Returns the progress of the save."""
         return Progress(*self._handle.progress())
 
     def cancel(self) -> bool:
-        """Cancels the save. False when it is too late: it has ended, or is being published."""
+        """Cancels the save. Returns False when it is too late: the save has ended or is being published."""
         return self._handle.cancel()
 
     def __await__(self) -> Generator[Any, None, Committed | None]:

@@ -29,34 +29,34 @@ class Tier:
 
     root: StrPath
     name: str | None = None
-    """What futures, reports and errors call it; None: its root."""
+    """The name of the tier in futures, reports and errors. None: its root."""
     keep_last: int | None = None
-    """How many of the newest steps it keeps; None: all."""
+    """How many of the newest steps the tier keeps. None: all."""
     keep_every: int | None = None
-    """It also keeps every step that is a multiple of this."""
+    """The tier also keeps every step that is a multiple of this number."""
     unpromoted: Literal["warn", "block"] = "warn"
-    """What retention of the first tier does with a step that this one does not have yet: deletes it with a warning, or
-    keeps it."""
+    """What retention of the first tier does with a step that this tier does not have yet: delete it with a
+    warning, or keep it."""
 
     def _given(self) -> dict[str, Any]:
-        """The tier as the engine reads it."""
+        """Describes the tier in the form that the engine reads."""
         given = {"name": self.name, "keep_last": self.keep_last, "keep_every": self.keep_every}
         return {"root": os.fspath(self.root), "unpromoted": self.unpromoted, **given}
 
 
 def given(tier: Tier | StrPath) -> dict[str, Any]:
-    """A tier, or the root of one, as the engine reads it."""
+    """Describes a tier, or the root of a tier, in the form that the engine reads."""
     return (tier if isinstance(tier, Tier) else Tier(tier))._given()
 
 
 @dataclass(frozen=True)
 class Promoted:
-    """A step that is durable in a tier, too."""
+    """A step that is also durable in a tier."""
 
     tier: str
     """The name of the tier."""
     root: Path | str
-    """Its root."""
+    """The root of the tier."""
     step: int
     """The step."""
     attempt: str
@@ -64,29 +64,30 @@ class Promoted:
     path: Path | str
     """The directory of the copy."""
     bytes: int
-    """The length of its files."""
+    """The total length of the files of the copy."""
 
 
 def promoted(outcome: dict[str, Any]) -> Promoted:
-    """What the engine says of a promotion."""
+    """Converts the engine's description of a promotion."""
     return Promoted(**{**outcome, "root": place(outcome["root"]), "path": place(outcome["path"])})
 
 
 @dataclass(frozen=True)
 class TierReport:
-    """What a tier has and lacks."""
+    """Reports which steps a tier has and lacks."""
 
     tier: str
     """The name of the tier."""
     root: Path | str
-    """Its root."""
+    """The root of the tier."""
     state: str
-    """``ours``; ``away``: it does not answer at present; ``lost``: another session has taken it over."""
+    """``ours``; ``away``: the tier does not answer at present; ``lost``: another session has taken over the
+    tier."""
     newest: int | None
-    """The newest step of this root that is durable in it."""
+    """The newest step of the executor's root that is durable in the tier."""
     lacks: tuple[int, ...]
-    """Steps of the first tier that it wants and does not have."""
+    """Steps of the first tier that this tier wants and does not have."""
     forks: tuple[int, ...]
-    """Steps of which it has another attempt, of a session that is not of this job's."""
+    """Steps of which the tier has another attempt, made by a session that does not belong to this job."""
     error: str | None
-    """Why the last promotion failed, if nothing was promoted since."""
+    """Why the last promotion failed, if nothing was promoted since then."""

@@ -1,7 +1,7 @@
-"""Published versions: weights that a training program hands to other programs, each as what changed since the one before.
+"""Published versions: weights that a training program hands to other programs, as fulls or as deltas.
 
-A chain is a directory, or a URL of an object store, of versions: fulls, which are complete steps, and deltas. See
-docs/deltas.md.
+A chain is a directory, or a URL of an object store, that holds versions. A version is a full, which is a
+complete step, or a delta. See docs/deltas.md.
 
 >>> import ashore.chain, numpy, tempfile
 >>> root = tempfile.mkdtemp()
@@ -48,12 +48,12 @@ __all__ = ["Changed", "Follow", "Form", "Publish", "Published", "Publisher", "Sw
 StrPath = Union[str, "os.PathLike[str]"]
 
 Form = Literal["packed", "indices", "zstd"]
-"""How deltas are written: gaps and differences in a byte each; indices and values, about three times as long; or
-``packed`` and compressed, for networks below about 1 GB/s."""
+"""How deltas are written. ``packed``: a gap and a difference in a byte each. ``indices``: indices and values,
+about three times as long. ``zstd``: ``packed`` and compressed, for networks below about 1 GB/s."""
 
 Switch = Literal["in_place", "double"]
-"""How weights get from one version to the next: ``in_place`` in one copy, which nothing may read meanwhile; or
-``double``, in two copies, of which readers have the one that is not written."""
+"""How weights get from one version to the next. ``in_place``: in one copy, which nothing may read meanwhile.
+``double``: in two copies; readers have the copy that is not written."""
 
 _NONE: Mapping[str, Any] = {}
 _OPEN: weakref.WeakSet[Publisher] = weakref.WeakSet()
@@ -64,25 +64,25 @@ class Published:
     """A durable version."""
 
     version: int
-    """Its number."""
+    """The number of the version."""
     attempt: str
     """The identity of the attempt that was published."""
     kind: Literal["full", "delta"]
-    """A complete step, or what changed."""
+    """``full`` is a complete step, ``delta`` is what changed."""
     base: int | None
-    """The version that a delta is put on."""
+    """The version to which a delta applies."""
     changed: int | None
-    """How many elements a delta changes; of a tensor that is written whole, all."""
+    """How many elements a delta changes. A tensor that is written whole counts with all its elements."""
     bytes: int
     """The length of its files."""
     full_bytes: int
-    """The length of the files that a full would have."""
+    """The length of the files that a full of this version would have."""
     state: int
-    """The digest of its state: names, dtypes, shapes and tensors."""
+    """The digest of the version's state: names, dtypes, shapes and tensors."""
     path: Path | str
-    """Its directory."""
+    """The directory of the version."""
     encoding: float
-    """How long finding the changes and coding them took, in seconds; zero for a full."""
+    """How long it took to find and encode the changes, in seconds; zero for a full."""
 
 
 def _published(outcome: dict[str, Any]) -> Published:
@@ -95,9 +95,10 @@ def _nothing(_: object) -> None:
 
 
 class Publish:
-    """A publish in progress. Dropping it detaches the publish, which goes on. Errors name the version as their step.
+    """A publish in progress. Dropping this object detaches the publish, which goes on. Errors name the
+    version as their step.
 
-    It can be awaited in asyncio, for ``durable.result()``.
+    In asyncio, awaiting this object returns ``durable.result()``.
     """
 
     __slots__ = ("__dict__", "__weakref__", "_handle")
@@ -112,7 +113,7 @@ class Publish:
 
     @cached_property
     def staged(self) -> Future[None]:
-        """Done when no tensor of the version will be read any more: then they may be written."""
+        """Done when the publish will not read its tensors any more. The program may then write them."""
         return SaveFuture(self._handle, True, _nothing)
 
     @cached_property
@@ -121,10 +122,12 @@ class Publish:
         return SaveFuture(self._handle, False, _published)
 
     def wait(self, deadline: float | None = None) -> Published:
-        """Waits until the version is durable, for ``deadline`` seconds at most, without the GIL. Ctrl-C interrupts it.
+        """Waits at most ``deadline`` seconds until the version is durable, without the GIL. Ctrl-C interrupts
+        the wait.
 
-        Raises the error of the publish, or ``DeadlineError``: then it goes on and can be waited for again.
-        ``CancelledError`` when the overlap policy of the program's executor left the version out.
+        Raises the error of the publish, or ``DeadlineError``. After ``DeadlineError`` the publish goes on and
+        can be waited for again. Raises ``CancelledError`` when the overlap policy of the program's executor
+        skipped the version.
         """
         ended, outcome = self._handle.wait(deadline)
         if not ended or outcome is None:
@@ -139,14 +142,17 @@ class Publish:
 
 
 class Publisher:
-    """Publishes versions to the chain in ``root``, a directory or a URL. One publisher at a time writes a chain: of two,
-    the second to publish a number gets ``ConflictError`` and ends.
+    """Publishes versions to the chain in ``root``, a directory or a URL.
 
-    It keeps the newest version in host memory, and for the time of a publish the next one: twice the bytes of the
-    weights. ``form`` is how deltas are written. Versions that the newest full has made unnecessary are kept until
-    ``grace`` more are there. A full is written after ``full_every`` deltas at most, and earlier when they have half
-    its length. ``begin_with_full`` does not read the newest version at the start, and publishes a full first.
-    ``arena`` is the host memory that tensors pass through, in bytes.
+    Only one publisher at a time writes a chain. If two publish the same number, the second one gets
+    ``ConflictError`` and ends.
+
+    The publisher keeps the newest version in host memory, and during a publish also the next version: twice
+    the bytes of the weights. ``form`` is how deltas are written. Versions that the newest full has made
+    unnecessary are kept until ``grace`` more versions exist. A full is written after at most ``full_every``
+    deltas, and earlier when the deltas have half its length. With ``begin_with_full`` the publisher does not
+    read the newest version at the start and publishes a full first. ``arena`` is the size in bytes of the
+    host memory that tensors pass through.
 
     >>> import ashore.chain, tempfile, torch
     >>> root, model = tempfile.mkdtemp(), torch.nn.Linear(64, 64, dtype=torch.bfloat16)
@@ -156,7 +162,8 @@ class Publisher:
     ...     publish.wait().version
     1
 
-    Leaving the ``with`` block waits for publishes in flight, and so does the end of the interpreter.
+    Leaving the ``with`` block waits for the publishes in flight. The end of the interpreter waits for them,
+    too.
     """
 
     def __init__(
@@ -182,23 +189,24 @@ class Publisher:
         """Publishes ``state`` as the next version and returns at once. Nothing may write its tensors until
         ``Publish.staged`` is done.
 
-        ``state`` is a dict, list or tuple, as :meth:`CheckpointExecutor.save <ashore.CheckpointExecutor.save>` takes
-        it: ``module.state_dict()``. ``values`` are plain values beside it, for followers: the number of the training
-        step, say.
+        ``state`` is a dict, list or tuple, as
+        :meth:`CheckpointExecutor.save <ashore.CheckpointExecutor.save>` takes it, for example
+        ``module.state_dict()``. ``values`` are additional plain values for followers, such as the number of
+        the training step.
 
-        Nothing is lost when it fails: the next version is put on the newest one that is durable, or is a full.
+        A failed publish loses nothing: the next version is a delta to the newest durable version, or a full.
 
-        Raises ``InvalidError``, naming the tensor; ``BusyError``; ``ConflictError`` once another publisher has taken the
-        chain over; ``ClosedError``.
+        Raises ``InvalidError``, naming the tensor; ``BusyError``; ``ConflictError`` after another publisher
+        has taken over the chain; ``ClosedError``.
         """
         return Publish(self._core.publish(state, dict(values)))
 
     def prune(self) -> list[str]:
-        """Removes versions that no follower needs, as happens after each publish; returns their names."""
+        """Removes versions that no follower needs, and returns their names. Each publish does this, too."""
         return self._core.prune()
 
     def close(self) -> None:
-        """Waits for publishes in flight, and gives memory and threads back. May be called again."""
+        """Waits for publishes in flight, and releases memory and threads. May be called again."""
         self._core.close()
         _OPEN.discard(self)
 
@@ -215,7 +223,7 @@ class Publisher:
 
 
 class Changed:
-    """What an update changes in one tensor."""
+    """The change that an update makes to one tensor."""
 
     __slots__ = ("_core",)
 
@@ -229,17 +237,18 @@ class Changed:
 
     @property
     def dtype(self) -> str:
-        """The name of its dtype in safetensors."""
+        """The safetensors name of the tensor's dtype."""
         return self._core.dtype[0]
 
     @property
     def is_whole(self) -> bool:
-        """Whether all elements are given, in row-major order, without indices."""
+        """True if all elements are given, in row-major order, without indices."""
         return self._core.count is None
 
     def arrays(self) -> tuple[numpy.ndarray[Any, Any] | None, numpy.ndarray[Any, Any]]:
-        """Indices into the flattened tensor, in ascending order and of 64 bits (None: all), and the values there, of the
-        tensor's dtype. :func:`ashore.torch.changed` gives tensors of torch."""
+        """Returns 64-bit indices into the flattened tensor, in ascending order (None: all elements), and the
+        values at these indices, in the tensor's dtype. :func:`ashore.torch.changed` returns them as torch
+        tensors."""
         count, (stored, name) = self._core.count, self._core.dtype
         indices = None if count is None else _numpy.empty((count,), "int64", "I64", self.name)
         values = _numpy.empty((0,), name, stored, self.name)
@@ -252,7 +261,7 @@ class Changed:
 
 
 class Update:
-    """A version that was read, checked and made durable, and not yet applied."""
+    """A version that was read, checked and made durable, but not yet applied."""
 
     __slots__ = ("_core", "_follow")
 
@@ -261,12 +270,12 @@ class Update:
 
     @property
     def version(self) -> int:
-        """The version that the weights become."""
+        """The version of the weights after this update is applied."""
         return self._core.version
 
     @property
     def is_full(self) -> bool:
-        """Whether it is read whole, and not put on what is there."""
+        """True if the update is a full, which is read whole; False for a delta to the current weights."""
         return self._core.is_full
 
     @property
@@ -279,8 +288,11 @@ class Update:
         return self._core.values()
 
     def changes(self) -> list[Changed]:
-        """What a delta changes in the weights of its follower, tensor by tensor, for memory that this package does not
-        write: ``index_copy_`` on a GPU. Called before :meth:`Follow.apply`. Empty for a full."""
+        """The changes of a delta to the follower's weights, tensor by tensor. Empty for a full.
+
+        They are for memory that this package does not write, such as ``index_copy_`` on a GPU. Call this
+        before :meth:`Follow.apply`.
+        """
         return [Changed(core) for core in self._follow._core.changes(self._core)]
 
     def __repr__(self) -> str:
@@ -289,7 +301,7 @@ class Update:
 
 
 class _Bytes:
-    """The bytes of a tensor of a version, as NumPy's array interface describes them."""
+    """The bytes of one tensor of a version, described by NumPy's array interface."""
 
     def __init__(self, core: _ashore.Weights, name: str) -> None:
         self._core = core
@@ -298,8 +310,9 @@ class _Bytes:
 
 
 class Weights(Mapping[str, Any]):
-    """A version in memory, which does not change while this object or an array of it is kept: a mapping from names to
-    arrays of NumPy, which copy nothing and cannot be written.
+    """A version in memory: a mapping from names to read-only NumPy arrays, which copy nothing.
+
+    The version does not change while this object or one of its arrays is kept.
 
     >>> import ashore.chain, numpy, tempfile
     >>> root = tempfile.mkdtemp()
@@ -347,22 +360,25 @@ class Weights(Mapping[str, Any]):
 
 
 class Follow:
-    """Follows the chain in ``root``, a directory or a URL: weights in host memory that become each new version.
+    """Follows the chain in ``root``, a directory or a URL, and updates weights in host memory to each
+    version.
 
-    ``targets`` are the arrays and tensors that become the versions, in place, by their names in the chain:
-    ``module.state_dict()`` of a module on the CPU. They are packed and writable, of the dtypes and shapes that were
-    published; names of tied weights are tied in the chain, too. Their memory must not be resized, and nothing else
-    may write them. With ``strict`` a version that has other tensors, too, is refused. Without targets the follower has
-    memory of its own: :meth:`read` and :meth:`read_into` copy from it, and with ``switch="double"`` :meth:`weights`
-    gives other threads the newest version, without a copy.
+    ``targets`` maps names in the chain to the arrays and tensors that are updated in place, such as
+    ``module.state_dict()`` of a module on the CPU. They must be packed and writable, with the published
+    dtypes and shapes. Names of tied weights must be tied in the chain, too. Their memory must not be resized,
+    and nothing else may write it. With ``strict``, a version that also has other tensors is refused. Without
+    targets the follower has memory of its own: :meth:`read` and :meth:`read_into` copy from it, and with
+    ``switch="double"`` :meth:`weights` gives other threads the newest version without a copy.
 
-    ``copy_to`` is a directory in which a chain of the follower's own is kept: each version is durable there before the
-    weights become it, and a restart begins with it. The root is listed every ``poll_every`` seconds; events of the
-    file system make it sooner. ``confirm=False`` does not make a version durable where it was published, before the
-    weights become it: for mounts on which files cannot be fsynced.
+    ``copy_to`` is a directory for a chain of the follower's own. Each version is durable there before the
+    weights are updated to it, and a restart begins from that chain. The follower lists the root every
+    ``poll_every`` seconds, and earlier after an event of the file system. ``confirm=False`` updates the
+    weights without making the version durable where it was published; this is for mounts on which files
+    cannot be fsynced.
 
-    Memory is a published version, bit for bit, whenever a call has returned. Each update is checked before the first write. One
-    thread at a time uses a follower, but for :meth:`weights` and :attr:`version`; another gets ``BusyError``.
+    Whenever a call has returned, memory holds a published version, bit for bit. Each update is checked before
+    the first write. Only one thread at a time may use a follower, and another gets ``BusyError``. Any thread
+    may use :meth:`weights` and :attr:`version`.
 
     >>> import ashore.chain, tempfile, torch
     >>> root, trained = tempfile.mkdtemp(), torch.nn.Linear(8, 8)
@@ -390,7 +406,7 @@ class Follow:
         if switch not in ("in_place", "double"):
             raise InvalidError(f"a switch is in_place or double switch={switch!r}", "invalid")
         self._root = absolute(root)
-        # The version that an adapter has copied to tensors of its own.
+        # The version that an adapter has copied to its own tensors.
         self._copied: int | None = None
         given = None if targets is None else list(targets.items())
         into = None if copy_to is None else absolute(copy_to)
@@ -398,14 +414,16 @@ class Follow:
 
     @property
     def version(self) -> int | None:
-        """The version that the weights are; None before the first, and after a full that could not be read in place."""
+        """The version of the weights. None before the first version, and after a full that could not be read
+        in place."""
         return self._core.version
 
     def advance(self, deadline: float | None = None) -> int | None:
-        """Waits until there is a newer version, for ``deadline`` seconds at most, and applies all that are there. Returns
-        the version that the weights are now, or None when there was none.
+        """Waits at most ``deadline`` seconds for a newer version, and applies all updates up to the newest.
+        Returns the version of the weights, or None when there was no newer version.
 
-        Raises what :meth:`next` and :meth:`apply` raise; versions before the one that failed are applied.
+        Raises what :meth:`next` and :meth:`apply` raise. Versions before the version that failed stay
+        applied.
         """
         update, version = self.next(deadline), None
         while update is not None:
@@ -414,21 +432,24 @@ class Follow:
         return version
 
     def next(self, deadline: float | None = None) -> Update | None:
-        """Waits until there is a newer version, for ``deadline`` seconds at most, without the GIL; reads and checks the
-        first update on the way to the newest that reads the fewest bytes, and makes it durable. Ctrl-C interrupts it.
-        Nothing is written to the weights.
+        """Waits at most ``deadline`` seconds for a newer version; reads, checks and makes durable the next
+        update.
 
-        Raises ``InvalidError`` when a version was made for other weights, ``DamagedError`` when it is not what was
-        written, ``StorageError``, each naming version, path and tensor. A later call tries again.
+        Of the updates that lead to the newest version it takes the first of the sequence with the fewest
+        bytes to read. It waits without the GIL; Ctrl-C interrupts it. It does not write the weights.
+
+        Raises ``InvalidError`` when a version was made for other weights, ``DamagedError`` when a version is
+        not what was written, ``StorageError``. Each names version, path and tensor. A later call tries again.
         """
         core = self._core.next(deadline)
         return None if core is None else Update(core, self)
 
     def apply(self, update: Update) -> int:
-        """Applies an update, and returns the version that the weights are now. Ctrl-C does not interrupt it.
+        """Applies an update, and returns the version of the weights. Ctrl-C does not interrupt it.
 
-        Raises ``InvalidError`` when the weights are another version than the update was read for. In place, a read of
-        a full that fails leaves the weights unusable until the next full; a delta has been checked.
+        Raises ``InvalidError`` when the weights are at another version than the update was read for. If
+        reading a full in place fails, the weights are unusable until the next full. A delta was checked
+        before.
         """
         return self._core.apply(update._core)
 
@@ -447,20 +468,21 @@ class Follow:
         return array
 
     def read_into(self, targets: Mapping[str, Any]) -> None:
-        """Copies tensors of the version to arrays and tensors in packed host memory, of the same dtypes and shapes."""
+        """Copies tensors of the version to arrays and tensors in packed host memory that have the same dtypes
+        and shapes."""
         self._core.read_into(list(targets.items()))
 
     def weights(self) -> Weights:
-        """The version that the weights are, with ``switch="double"``. Any thread may call it, at any time: it never
-        waits for an update."""
+        """The current version of the weights, with ``switch="double"``. Any thread may call this at any time;
+        it never waits for an update."""
         shown = self._core.shown()
         if shown is None:
             raise InvalidError("a follower of one copy has no weights beside it: give switch='double'", "invalid")
         return Weights(shown)
 
     def verify(self) -> None:
-        """Reads all bytes of the weights and compares them with the digests of the version. Raises ``DamagedError``,
-        naming the first tensor that is not what was published."""
+        """Reads all bytes of the weights and compares them with the digests of the version. Raises
+        ``DamagedError``, naming the first tensor that differs from what was published."""
         self._core.verify()
 
     def __repr__(self) -> str:
@@ -476,7 +498,7 @@ def _at_exit() -> None:
 
 
 def _in_child() -> None:
-    # They belong to the parent.
+    # The publishers belong to the parent.
     _OPEN.clear()
 
 

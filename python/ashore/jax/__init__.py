@@ -1,4 +1,4 @@
-"""Checkpoints of JAX: pytrees of sharded arrays, saved from their shards and restored to any other sharding.
+"""Checkpoints of JAX pytrees: sharded arrays are saved from their shards and restored to any other sharding.
 
 >>> import ashore, ashore.jax, jax.numpy as jnp, tempfile
 >>> executor = ashore.CheckpointExecutor(tempfile.mkdtemp(), arena=8 << 20, chunk=1 << 20)
@@ -12,7 +12,7 @@
 (15.0, 4)
 >>> executor.shutdown()
 
-``ashore.jax.orbax`` has the handler with which ``orbax.checkpoint.CheckpointManager`` saves by ashore.
+``ashore.jax.orbax`` contains a handler that makes ``orbax.checkpoint.CheckpointManager`` save with ashore.
 """
 
 from ._restore import restore, shapes

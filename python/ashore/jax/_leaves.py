@@ -1,4 +1,4 @@
-"""What the leaves of pytrees are: arrays, typed keys of random numbers, plain values."""
+"""The kinds of leaves of a pytree: arrays, typed keys of random numbers, plain values."""
 
 # mypy: disable-error-code="no-untyped-call, attr-defined"
 from __future__ import annotations
@@ -9,7 +9,8 @@ import jax
 import numpy
 
 KEYS = "ashore.jax.keys"
-"""The metadata that has the implementation of each typed key, by name. Its tensor is that of `jax.random.key_data`."""
+"""The metadata key under which a step keeps the implementation of each typed key, by name. The key's tensor
+is its `jax.random.key_data`."""
 
 STORED: dict[str, str] = {
     "bool": "BOOL",
@@ -32,7 +33,7 @@ STORED: dict[str, str] = {
     "float8_e5m2fnuz": "F8_E5M2FNUZ",
     "float8_e8m0fnu": "F8_E8M0",
 }
-"""The dtypes that safetensors has, by the names of JAX's."""
+"""The safetensors dtypes, by the names of the JAX dtypes."""
 
 _INSTEAD = {
     "int4": "save leaf.astype(jnp.int8), and convert it back after restore",
@@ -44,19 +45,19 @@ _INSTEAD = {
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether a leaf, or what stands for one in a target, is an array of typed keys."""
+    """True if a leaf, or its placeholder in a target, is an array of typed keys."""
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def no_dtype(dtype: Any) -> str:
-    """Why a dtype cannot be saved."""
+    """Returns the text that says why a dtype cannot be saved."""
     name = str(dtype)
     instead = _INSTEAD.get(name, "save jax.lax.bitcast_convert_type(leaf, jnp.uint8), or convert the leaf")
     return f"safetensors has no such dtype: {instead} dtype={name}"
 
 
 def key_type(impl: str, shape: tuple[int, ...]) -> Any:
-    """Shape and dtype of the keys whose data has this shape."""
+    """Returns the shape and dtype of the keys whose data has this shape."""
     data = jax.ShapeDtypeStruct(shape, numpy.uint32)
     return jax.eval_shape(lambda data: jax.random.wrap_key_data(data, impl=impl), data)

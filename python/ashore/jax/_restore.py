@@ -1,4 +1,4 @@
-"""Restoring pytrees onto the devices that a target names."""
+"""Restores pytrees onto the devices that a target names."""
 
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ._leaves import KEYS, STORED, is_key, key_type, no_dtype
 from ._tree import flatten
 
 _BATCH = 1 << 30
-"""How many bytes are read before they go to the devices: what a restore needs of host memory, beside the largest
-leaf."""
+"""How many bytes are read before they are moved to the devices. A restore needs this much host memory, or as
+much as the largest leaf if that is more."""
 
 _SHOWN = 8
 
@@ -29,7 +29,7 @@ Box = tuple[tuple[int, int], ...]
 
 @dataclass
 class _Array:
-    """An array of the target, as it is stored: for typed keys, their data."""
+    """An array of the target, as it is stored. For typed keys, this is their data."""
 
     name: str
     want: Any
@@ -44,7 +44,7 @@ class _Array:
         return numpy.dtype("uint32" if self.key is not None else self.want.dtype)
 
     def plan(self) -> int:
-        """Finds the boxes that devices need; returns the bytes of them."""
+        """Finds the boxes that devices need, and returns their size in bytes."""
         if isinstance(self.want, numpy.ndarray):
             self._box(tuple((0, size) for size in self.shape))
         else:
@@ -62,7 +62,7 @@ class _Array:
         self.boxes.setdefault(box, numpy.empty((), self.dtype))
 
     def _sharding(self) -> Any:
-        """None: an array that no device was chosen for, which JAX moves to where it is used."""
+        """Returns None for an array without a chosen device, which JAX moves to where it is used."""
         want = self.want
         if isinstance(want, jax.Array):
             if self.key is not None:
@@ -81,7 +81,7 @@ class _Array:
         try:
             return self.sharding.addressable_devices_indices_map(self.shape)
         except Exception as error:
-            # Meshes without devices, dimensions that shards do not divide.
+            # For example a mesh without devices, or a dimension that the shards do not divide.
             text = f"the sharding of the target cannot place the array: {error} sharding={self.sharding}"
             raise _invalid(text, self.name) from error
 
@@ -90,11 +90,11 @@ class _Array:
             self.boxes[box] = numpy.empty([end - begin for begin, end in box], self.dtype)
 
     def build(self) -> Any:
-        """The array, from boxes that were read."""
+        """Builds the array from the boxes that were read."""
         if isinstance(self.want, numpy.ndarray):
             (whole,) = self.boxes.values()
             return whole
-        # On the processor, devices may share the memory of a block: XLA never reuses it for results.
+        # CPU devices may share the memory of a block. XLA never reuses that memory for results.
         if self.sharding is None:
             (block,) = self.boxes.values()
             array: jax.Array = jax.device_put(block)
@@ -121,7 +121,7 @@ def _size(box: Box) -> int:
 
 
 def _weak(array: jax.Array) -> jax.Array:
-    """The same array, with the weak type of arrays that come from numbers of Python."""
+    """Returns the same array with the weak type of arrays that are made from Python numbers."""
     from jax.extend.core.primitives import convert_element_type_p
 
     weak: jax.Array = convert_element_type_p.bind(array, new_dtype=array.dtype, weak_type=True, sharding=None)
@@ -129,7 +129,7 @@ def _weak(array: jax.Array) -> jax.Array:
 
 
 class _Matching:
-    """What a checkpoint has, beside what a target asks for."""
+    """Compares what a checkpoint contains with what a target asks for."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -140,7 +140,7 @@ class _Matching:
         self.wrong: list[tuple[str, str]] = []
 
     def leaf(self, name: str, want: Any) -> Any:
-        """The array to be read, or the value."""
+        """Returns the array to read, or the value."""
         if name in self.tensors:
             why = self._unlike(name, want)
             if why is None:
@@ -156,7 +156,7 @@ class _Matching:
         return None
 
     def _unlike(self, name: str, want: Any) -> str | None:
-        """Why a stored array is not what the target asks for."""
+        """Returns why a stored array is not what the target asks for, or None if it is."""
         info, key = self.checkpoint.info(name), self.keys.get(name)
         why = f"the target has {_of(want)}, and stored is {self._stored(name)}"
         if not isinstance(want, _ARRAYS) or (key is not None) != is_key(want):
@@ -178,7 +178,7 @@ class _Matching:
         return f"keys of {key}{list(key_type(key, info.shape).shape)}"
 
     def check(self, names: Sequence[str], strict: bool) -> None:
-        """Raises the errors that were found, naming leaves."""
+        """Raises the errors that were found, and names the leaves."""
         unexpected = sorted((self.tensors | self.values) - set(names)) if strict else []
         parts = [f'{why} tensor="{name}"' for name, why in self.wrong[:_SHOWN]]
         if len(self.wrong) > _SHOWN:
@@ -211,20 +211,25 @@ def _of(want: Any) -> str:
 def restore(checkpoint: Checkpoint, target: Any = None, *, strict: bool = True) -> Any:
     """Restores the pytree that ``target`` describes from a step.
 
-    The leaves of ``target`` say what is restored: a ``jax.ShapeDtypeStruct`` with a sharding, or an array, becomes an
-    array of JAX with that sharding, whatever the one that was saved; each device gets its boxes, and only the parts
-    of the checkpoint that devices of this process need are read. An array of NumPy becomes another one. Numbers, text
-    and None become the stored values. Leaves are found by their names, so a target of other nodes with the same paths
-    (a named tuple for a dict) is right; static fields come from the target. Dtypes and shapes are never converted. A
-    ``ShapeDtypeStruct`` without a sharding gives an array on the default device, which JAX moves to where it is used.
+    The leaves of ``target`` say what is restored. A ``jax.ShapeDtypeStruct`` with a sharding, or an array,
+    becomes a JAX array with that sharding, whatever the saved sharding was. Each device gets its boxes, and
+    the restore reads only the parts of the checkpoint that devices of this process need. A NumPy array
+    becomes a new NumPy array. Numbers, text and None become the stored values. A ``ShapeDtypeStruct`` without
+    a sharding becomes an array on the default device, which JAX moves to where it is used.
 
-    Without a target: dicts, lists and tuples as :func:`save` got them, with arrays of NumPy, and typed keys.
+    Leaves are found by their names, so a target may have other node types with the same paths (a named tuple
+    for a dict). Static fields come from the target. Dtypes and shapes are never converted.
 
-    Host memory of up to 1 GiB, or of the largest leaf, is used at a time. Every byte is checked against its digest.
+    Without a target, the result is the dicts, lists and tuples that :func:`save` got, with NumPy arrays and
+    typed keys.
 
-    Raises, before anything is read, ``NotFoundError`` with the names that the checkpoint lacks, and ``InvalidError``
-    for leaves of another dtype or shape, values of another type, shardings that do not fit, and, with ``strict``, for
-    what the checkpoint has beside the target; ``DamagedError``.
+    A restore uses at most 1 GiB of host memory at a time, or the size of the largest leaf if that is more.
+    Every byte is checked against its digest.
+
+    Raises, before anything is read, ``NotFoundError`` with the names that the checkpoint lacks, and
+    ``InvalidError`` for leaves of another dtype or shape, for values of another type, for shardings that do
+    not fit, and, with ``strict``, for contents of the checkpoint that the target lacks. Raises
+    ``DamagedError`` for damaged bytes.
 
     >>> import ashore, ashore.jax, jax, jax.numpy as jnp, tempfile
     >>> from jax.sharding import NamedSharding, PartitionSpec as P
@@ -259,7 +264,7 @@ def restore(checkpoint: Checkpoint, target: Any = None, *, strict: bool = True) 
 
 
 def _read(checkpoint: Checkpoint, batch: list[tuple[int, _Array]], found: list[Any]) -> None:
-    """Reads arrays and puts them in their places."""
+    """Reads a batch of arrays and puts them in their places in ``found``."""
     names: list[str] = []
     blocks: list[Any] = []
     regions: list[Box | None] = []
@@ -272,7 +277,7 @@ def _read(checkpoint: Checkpoint, batch: list[tuple[int, _Array]], found: list[A
     checkpoint._read_prepared(names, blocks, regions=regions)
     for number, array in batch:
         found[number] = array.build()
-    # The blocks are freed then: no more than one batch is in host memory.
+    # Then the blocks can be freed, and no more than one batch is in host memory.
     jax.block_until_ready([found[number] for number, _ in batch])
 
 
@@ -290,8 +295,10 @@ def _as_saved(checkpoint: Checkpoint) -> Any:
 
 
 def shapes(checkpoint: Checkpoint) -> Any:
-    """The pytree that was saved, of dicts, lists and tuples, with a ``jax.ShapeDtypeStruct`` in the place of each
-    array, and the values. Reads no tensor. With shardings it is a target for :func:`restore`.
+    """Returns the saved pytree of dicts, lists and tuples, with a ``jax.ShapeDtypeStruct`` in the place of
+    each array.
+
+    Values are included. No tensor is read. With shardings added, the result is a target for :func:`restore`.
 
     >>> import ashore, ashore.jax, jax.numpy as jnp, tempfile
     >>> saved = ashore.save(tempfile.mkdtemp(), 1, {"layers": [jnp.zeros(3, "int32")], "epoch": 2})

@@ -1,4 +1,4 @@
-"""Saving pytrees from the shards of their arrays."""
+"""Saves pytrees from the shards of their arrays."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MISSING: Mapping[str, Any] = {}
 
 
 class _Collected:
-    """The leaves of one tree, as the executor takes them."""
+    """The leaves of one tree, in the form that the executor takes."""
 
     def __init__(self, alone: bool) -> None:
         self.alone = alone
@@ -30,13 +30,13 @@ class _Collected:
         self.keep: list[Any] = []
 
     def add(self, name: str, leaf: Any) -> bool:
-        """Adds a leaf; returns whether it is a tensor."""
+        """Adds a leaf, and returns True if it is a tensor."""
         if isinstance(leaf, jax.core.Tracer):
             raise _invalid("a traced value has no memory: call save outside of jit, grad and vmap", name)
         if isinstance(leaf, jax.Array):
             self._array(name, leaf)
         elif type(leaf) in (numpy.ndarray, numpy.memmap):
-            # The program may write it at any time.
+            # The program may write the array at any time.
             self._put(name, numpy.array(leaf, order="C", copy=True))
         elif hasattr(leaf, "dtype") and not isinstance(leaf, numpy.generic):
             text = "only arrays of JAX and NumPy, and plain values, can be leaves: convert this one with jnp.asarray()"
@@ -66,7 +66,7 @@ class _Collected:
             text = "the array has shards of other processes: give the executor ranks and run, and save in all processes"
             raise _invalid(f"{text} sharding={array.sharding}", name)
         if array.size == 0:
-            # No process has a box of it.
+            # No process has a box of an empty array.
             self._put(name, numpy.empty(array.shape, array.dtype))
         elif len(array.sharding.device_set) == 1:
             self._put(name, array)
@@ -76,7 +76,8 @@ class _Collected:
     def _shards(self, name: str, array: jax.Array) -> None:
         for shard in array.addressable_shards:
             if shard.replica_id != 0:
-                # XLA reuses the memory of donated shards one by one, and no shard of which a capsule is held.
+                # XLA reuses the memory of donated shards one by one, but not the memory of a shard whose
+                # capsule is held.
                 self.keep.append(shard.data.__dlpack__())
             elif shard.data.shape == array.shape:
                 self._put(name, shard.data)
@@ -95,27 +96,29 @@ def save(
     directory: StrPath | None = None,
     deadline: float | None = None,
 ) -> Save:
-    """Saves a pytree as ``step``: the values at the time of this call, whatever happens to the arrays afterwards.
+    """Saves a pytree as ``step``: the values at the time of this call, even if the arrays change later.
 
-    Leaves are arrays of JAX with any sharding, typed keys of ``jax.random``, arrays of NumPy, numbers, text and None.
-    The name of a leaf is the path to it, joined by dots. A sharded array is saved in boxes, from the first replica of
-    each shard; the step has the whole array under its name, and other programs read it so. Static fields of nodes are
-    not saved: they come from the target of :func:`restore`.
+    Leaves are JAX arrays with any sharding, typed keys of ``jax.random``, NumPy arrays, numbers, text and
+    None. The name of a leaf is the path to it, joined by dots. A sharded array is saved in boxes, from the
+    first replica of each shard. In the step, the whole array has one name, and other programs read the whole
+    array under that name. Static fields of nodes are not saved: they come from the target of :func:`restore`.
 
-    Where arrays lie over several processes, each process calls this with the same tree, and an executor with
-    ``ranks``. Leaves that every process has for itself must be equal in all; plain values are those of rank 0.
+    If arrays span several processes, each process calls this with the same tree and with an executor that has
+    ``ranks``. Leaves that every process holds for itself must be equal in all processes. Plain values are
+    those of rank 0.
 
-    The call waits until the arrays are computed, and copies those of NumPy. It copies none of JAX: it holds a DLPack
-    capsule of every shard until the save is staged. Meanwhile a computation to which the arrays are donated gets
-    other memory for its results, and leaves the arrays as they are. ``executor.fence()`` before such a computation
-    waits until the save is staged, and drops the capsules; without it the old arrays stay allocated until the next
-    call of ashore.
+    The call waits until the arrays are computed, and copies NumPy arrays. It copies no JAX array: it holds a
+    DLPack capsule of every shard until the save is staged. If a computation to which the arrays are donated
+    runs meanwhile, JAX gives it other memory for its results and leaves the arrays as they are.
+    ``executor.fence()`` before such a computation waits until the save is staged, and releases the capsules.
+    Without that fence the old arrays stay allocated until the next call of ashore.
 
     ``metadata``, ``overwrite``, ``name``, ``directory`` and ``deadline`` are as in ``CheckpointExecutor.save``.
 
-    Raises ``InvalidError``, naming the leaf, for two leaves of one name, an object that is no array and no plain
-    value, a dtype that safetensors lacks (such as int4), an array that was donated already, and one with shards of
-    other processes where the executor has no ranks; otherwise as ``CheckpointExecutor.save``.
+    Raises ``InvalidError``, naming the leaf, for two leaves with the same name, for an object that is neither
+    an array nor a plain value, for a dtype that safetensors lacks (such as int4), for an array that was
+    already donated, and for an array with shards of other processes if the executor has no ranks. Otherwise
+    raises what ``CheckpointExecutor.save`` raises.
 
     >>> import ashore, ashore.jax, jax, tempfile
     >>> executor = ashore.CheckpointExecutor(tempfile.mkdtemp(), arena=8 << 20, chunk=1 << 20)

@@ -1,8 +1,8 @@
-"""Names of the leaves of a pytree, and the shape of the tree as text.
+"""The names of the leaves of a pytree, and the shape of the tree as text.
 
-The name of a leaf is the path to it, joined by dots. A tree of dicts, lists and tuples can be put together again
-from its shape, which `Checkpoint.tree` reads. Other nodes (named tuples, dataclasses, custom ones) are dicts there:
-only a target gives them back.
+The name of a leaf is the path to it, joined by dots. `Checkpoint.tree` rebuilds a tree of dicts, lists and
+tuples from its shape. The shape describes other nodes (named tuples, dataclasses, custom nodes) as dicts;
+only a target can restore their types.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax
 from .._errors import InvalidError
 
 SHAPE = "ashore.tree"
-"""The metadata that has the shape of the tree."""
+"""The metadata key under which a step keeps the shape of the tree."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Structure:
     names: tuple[str, ...]
     """The name of each leaf."""
     pieces: tuple[str, ...]
-    """The text of the shape before each leaf, and after the last one."""
+    """The pieces of the shape's text: before each leaf, and after the last one."""
 
     def shape(self, tensors: list[bool]) -> str:
-        """The shape of a tree whose leaves are tensors, or values."""
+        """Returns the shape of a tree. ``tensors`` tells for each leaf whether it is a tensor or a value."""
         marks = ["0" if tensor else "1" for tensor in tensors]
         return "".join(text for pair in zip(self.pieces, [*marks, ""], strict=True) for text in pair)
 
@@ -40,7 +40,7 @@ _MOST_KNOWN = 8
 
 
 def flatten(tree: Any) -> tuple[list[Any], Structure, Any]:
-    """The leaves of a tree, None among them, their names, and the treedef.
+    """Returns the leaves of a tree (including None), the structure with their names, and the treedef.
 
     Raises ``InvalidError`` for a tree that is one leaf, and for two leaves of the same name.
     """
@@ -48,7 +48,7 @@ def flatten(tree: Any) -> tuple[list[Any], Structure, Any]:
     try:
         structure = _KNOWN.get(treedef)
     except (TypeError, ValueError):
-        # Static fields that cannot be hashed or compared: the tree is walked at each call.
+        # Static fields that cannot be hashed or compared: walk the tree at each call.
         return leaves, _walk(tree), treedef
     if structure is None:
         structure = _walk(tree)
@@ -82,7 +82,7 @@ class _Walk:
         self.text: list[str] = []
 
     def visit(self, node: Any, path: tuple[Any, ...]) -> None:
-        # One level: everything below the node itself counts as a leaf.
+        # Flatten one level only: everything below the node itself counts as a leaf.
         below = [] if node is None else jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
         if node is None or (len(below) == 1 and below[0][0] == ()):
             self.paths.append(path)
@@ -120,7 +120,7 @@ def _part(key: Any) -> str:
 
 
 def _key(key: Any) -> str:
-    """A key in the shape: an integer of 64 bits, or text."""
+    """Returns a key as it is written in the shape: a 64-bit integer, or text."""
     raw = _raw(key)
     if type(raw) is int and -(1 << 63) <= raw < 1 << 63:
         return str(raw)

@@ -1,4 +1,4 @@
-"""A handler with which ``orbax.checkpoint.CheckpointManager`` saves and restores by ashore.
+"""A handler that makes ``orbax.checkpoint.CheckpointManager`` save and restore with ashore.
 
 >>> import ashore, ashore.jax.orbax, jax.numpy as jnp, orbax.checkpoint as ocp, tempfile
 >>> executor = ashore.CheckpointExecutor(tempfile.mkdtemp(), arena=8 << 20, chunk=1 << 20)
@@ -11,11 +11,11 @@
 [0.0, 1.0, 2.0]
 >>> executor.shutdown()
 
-Orbax chooses the directories: the executor saves into them, in a directory ``ashore`` below each, and its root stays
-empty. Orbax renames a directory when
-all of its items are saved, and does not sync that rename. When ``wait_until_finished`` has returned, the files are on
-the disk, and whether the name of the step survives a loss of power is up to Orbax; a process that is killed loses
-nothing. Steps of :func:`ashore.jax.save` do not have this gap.
+Orbax chooses the directories. The executor saves into a directory ``ashore`` below each of them, and the
+executor's root stays empty. Orbax renames a directory when all of its items are saved, and does not sync that
+rename. When ``wait_until_finished`` has returned, the files are on the disk. Whether the name of the step
+survives a loss of power depends on Orbax; a killed process loses nothing. Steps of :func:`ashore.jax.save` do
+not have this gap.
 """
 
 from __future__ import annotations
@@ -40,20 +40,22 @@ __all__ = ["CheckpointHandler", "RestoreArgs", "SaveArgs"]
 
 
 def _step(name: str) -> int:
-    """The step that a manager names a directory after, such as `7.orbax-checkpoint-tmp`: Orbax does not tell it."""
+    """Returns the step that a manager's directory is named after, such as `7.orbax-checkpoint-tmp`. Orbax
+    does not pass the step."""
     found = re.fullmatch(r"(?:.*_)?(\d+)(?:\.orbax-checkpoint-tmp.*)?", name)
     return int(found[1]) if found else 0
 
 
 _NAME = "ashore"
-"""The checkpoint in a directory of Orbax, which may write files of its own beside it."""
+"""The name of the checkpoint in a directory of Orbax. Orbax may write files of its own beside the
+checkpoint."""
 
 _CREATION = 60.0
 """How many seconds Orbax may take to make a directory."""
 
 
 class _Future:
-    """What Orbax waits for before it renames a directory."""
+    """The future for which Orbax waits before it renames a directory."""
 
     def __init__(self, save: Save) -> None:
         self._save = save
@@ -68,19 +70,20 @@ class _Future:
 
 
 class CheckpointHandler(ocp.AsyncCheckpointHandler):  # type: ignore[misc]
-    """Saves pytrees by ``executor``, which belongs to the program: shut it down after the manager is closed.
+    """Saves pytrees with ``executor``, which belongs to the program. Shut it down after closing the manager.
 
-    Give it to a ``CheckpointManager`` as ``item_handlers``, or to several items by a dict. The arrays may be donated
-    right after ``manager.save``; see :func:`ashore.jax.save`, also for the errors.
+    Give the handler to a ``CheckpointManager`` as ``item_handlers``, or in a dict for several items. The
+    program may donate the arrays right after ``manager.save``. See :func:`ashore.jax.save`, also for the
+    errors.
     """
 
     def __init__(self, executor: CheckpointExecutor) -> None:
         self._executor = executor
 
     async def async_save(self, directory: Any, args: SaveArgs) -> list[_Future]:
-        """Begins a save into ``directory``, once Orbax has made it."""
+        """Begins a save into ``directory`` after Orbax has created it."""
         directory = Path(directory)
-        # Orbax makes it in another thread, and fails if it exists by then.
+        # Orbax creates the directory in another thread, and fails if it exists by then.
         late = time.monotonic() + _CREATION
         while not directory.is_dir():
             if time.monotonic() > late:
@@ -89,7 +92,7 @@ class CheckpointHandler(ocp.AsyncCheckpointHandler):  # type: ignore[misc]
         return [_Future(self._begin(directory, args))]
 
     def save(self, directory: Any, args: SaveArgs) -> None:
-        """Saves into ``directory`` and waits: for ``ocp.Checkpointer``, which is not asynchronous."""
+        """Saves into ``directory`` and waits. Called by ``ocp.Checkpointer``, which is not asynchronous."""
         _Future(self._begin(Path(directory), args)).result()
 
     def _begin(self, directory: Path, args: SaveArgs) -> Save:
@@ -97,38 +100,38 @@ class CheckpointHandler(ocp.AsyncCheckpointHandler):  # type: ignore[misc]
         return save(self._executor, step, args.item, directory=directory / _NAME)
 
     def restore(self, directory: Any, args: RestoreArgs | None = None) -> Any:
-        """Restores what ``args.item`` describes, or everything as it was saved."""
+        """Restores what ``args.item`` describes, or everything in its saved form."""
         args = args or RestoreArgs()
         return restore(Checkpoint(Path(directory) / _NAME), args.item, strict=args.strict)
 
     def metadata(self, directory: Any) -> Any:
-        """The shapes and dtypes of the arrays, and the values."""
+        """Returns the shapes and dtypes of the arrays, and the values."""
         return shapes(Checkpoint(Path(directory) / _NAME))
 
     def finalize(self, directory: Any) -> None:
-        """Does nothing: the save has ended when its future has."""
+        """Does nothing, because the save has ended when its future is done."""
 
     def close(self) -> None:
-        """Does nothing: the executor belongs to the program."""
+        """Does nothing, because the executor belongs to the program."""
 
 
 @ocp.args.register_with_handler(CheckpointHandler, for_save=True)
 @dataclass
 class SaveArgs(ocp.args.CheckpointArgs):  # type: ignore[misc]
-    """What is saved."""
+    """The arguments of a save."""
 
     item: Any
     """The pytree."""
     step: int | None = None
-    """The number inside the checkpoint; None: that in the name of the manager's directory, or 0."""
+    """The step number in the checkpoint. None: the number in the manager's directory name, or 0."""
 
 
 @ocp.args.register_with_handler(CheckpointHandler, for_restore=True)
 @dataclass
 class RestoreArgs(ocp.args.CheckpointArgs):  # type: ignore[misc]
-    """What is restored."""
+    """The arguments of a restore."""
 
     item: Any = None
-    """The target of :func:`ashore.jax.restore`; None: everything, as it was saved, with arrays of NumPy."""
+    """The target of :func:`ashore.jax.restore`. None: everything in its saved form, with NumPy arrays."""
     strict: bool = True
-    """Whether it is an error that the checkpoint has more than the target."""
+    """True: it is an error if the checkpoint contains more than the target."""

@@ -1,4 +1,4 @@
-"""Checkpoints of torch programs: what to save, when to fence, how to restore. See docs/torch.md."""
+"""Checkpoints of torch programs: collects what to save, calls fences, restores. See docs/torch.md."""
 
 from ._chain import apply_update, changed
 from ._fence import Handle, fence_before
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # torch.distributed.checkpoint is imported only by programs that use it.
+    # Only programs that use torch.distributed.checkpoint import it.
     if name in ("Stager", "StorageReader", "StorageWriter"):
         from . import dcp
 

@@ -1,4 +1,4 @@
-"""DTensors as boxes: what this rank holds of a tensor, and where in the whole it lies."""
+"""DTensors as boxes: the part of a tensor that this rank holds, and its position in the whole tensor."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ Place = tuple[list[int], list[int]]
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor, without an import of their module by programs that have none."""
+    """True for a DTensor. Programs without DTensors need not import their module."""
     return type(tensor) is not torch.Tensor and type(tensor).__name__ == "DTensor" and hasattr(tensor, "placements")
 
 
 def mine(tensor: DTensor, name: str) -> tuple[torch.Tensor, Place] | None:
-    """What this rank holds of a DTensor, and its place; None where it holds nothing.
+    """Returns the part of a DTensor that this rank holds, and its place. None if this rank holds nothing.
 
-    A rank outside of the mesh holds nothing, and so may one of a tensor that is shorter than its mesh.
+    A rank outside of the mesh holds nothing. A rank may also hold nothing if the tensor is shorter than its
+    mesh.
     """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

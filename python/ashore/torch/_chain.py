@@ -1,4 +1,4 @@
-"""Updates of a chain for tensors of torch, on any device."""
+"""Applies updates of a chain to torch tensors on any device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from ashore.chain import Changed, Follow, Update
 from ._dtypes import torch_dtype
 from ._errors import invalid
 
-# Elements are copied as integers: every bit pattern arrives, and devices need not know their dtype.
+# Elements are copied as integers: this keeps every bit pattern, and devices need not support the dtype.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def changed(change: Changed) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Indices into the flattened tensor, of 64 bits (None: all), and the values there, as new tensors on the host.
+    """Returns 64-bit indices into the flattened tensor (None: all elements), and the values at these indices,
+    as new tensors on the host.
 
     >>> import ashore.chain, ashore.torch, tempfile, torch
     >>> root, weight, served = tempfile.mkdtemp(), torch.zeros(99, 99), torch.zeros(99, 99)
@@ -40,16 +41,18 @@ def changed(change: Changed) -> tuple[torch.Tensor | None, torch.Tensor]:
 
 
 def apply_update(follow: Follow, update: Update, tensors: Mapping[str, torch.Tensor]) -> int:
-    """Applies ``update`` to ``follow``, and copies what it changes to ``tensors``: those of a module on a GPU, by their
-    names in the chain (``module.state_dict()``). Returns the version that both are now.
+    """Applies ``update`` to ``follow``, and copies the changes to ``tensors``. Returns the version of both.
 
-    ``follow`` has no targets: its weights are the copy in host memory that updates are checked against. Of a delta only
-    what changes crosses the bus; where the tensors are not the version before, as at the first call and after one that
-    failed, all are copied. Copies to a GPU are queued in its current stream. Nothing else may write the tensors, and a
-    follower has one set of them.
+    ``tensors`` maps names in the chain to tensors, such as those of a module on a GPU
+    (``module.state_dict()``).
 
-    Raises what :meth:`Follow.apply <ashore.chain.Follow.apply>` raises; ``InvalidError``, naming the tensor, for one that
-    is missing, not contiguous, or of another dtype or shape.
+    ``follow`` must have no targets: its weights are the copy in host memory against which updates are
+    checked. For a delta, only the changes cross the bus. If the tensors are not at the version before, as at
+    the first call and after a call that failed, all of them are copied. Copies to a GPU are queued in its
+    current stream. Nothing else may write the tensors, and a follower may have only one set of tensors.
+
+    Raises what :meth:`Follow.apply <ashore.chain.Follow.apply>` raises. Raises ``InvalidError``, naming the
+    tensor, for a tensor that is missing, not contiguous, or of another dtype or shape.
 
     >>> import ashore.chain, ashore.torch, tempfile, torch
     >>> root, trained = tempfile.mkdtemp(), torch.nn.Linear(4, 4)
@@ -65,7 +68,7 @@ def apply_update(follow: Follow, update: Update, tensors: Mapping[str, torch.Ten
     changes = update.changes()
     if not update.is_full:
         _check(follow, tensors)
-    # What a full has is known when it is applied.
+    # The tensors of a full are known only after it is applied.
     whole = update.is_full or follow._copied is None or follow._copied != follow.version
     version = follow.apply(update)
     follow._copied = None
@@ -106,7 +109,7 @@ def _check(follow: Follow, tensors: Mapping[str, torch.Tensor]) -> None:
             raise invalid(f"the version has a tensor that is not given: give state_dict() tensor={name!r}", name)
         dtype = torch_dtype(stored)
         if stored == "F4" and shape:
-            # torch counts pairs.
+            # torch counts pairs of F4 elements.
             shape = [*shape[:-1], shape[-1] // 2]
         if tensor.dtype != dtype or list(tensor.shape) != shape or not tensor.is_contiguous():
             raise invalid(

@@ -1,4 +1,4 @@
-"""The dtypes of torch by their names in safetensors."""
+"""Maps safetensors dtype names to torch dtypes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TORCH = {
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of torch for one of safetensors. Raises TypeError where this torch has none."""
+    """Returns the torch dtype for a safetensors dtype. Raises TypeError if this version of torch has none."""
     dtype = getattr(torch, _TORCH.get(name, ""), None)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"torch has no such dtype dtype={name}")

@@ -1,4 +1,4 @@
-"""Errors of this package."""
+"""Helpers for errors of this package."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ashore import Committed, InvalidError
 
 
 def invalid(text: str, tensor: str | None = None, step: int | None = None) -> InvalidError:
-    """The error of a call that is wrong; `tensor` and `step` are those concerned."""
+    """Makes the error of a wrong call. `tensor` and `step` identify what it concerns."""
     return InvalidError(text, "invalid", tensor, None, step)
 
 
 @contextlib.contextmanager
 def declining(executor: Any, step: int) -> Iterator[None]:
-    """What goes wrong within it keeps this rank from a call of `save`: the other ranks learn that."""
+    """Tells the other ranks if an error in the block keeps this rank from calling `save`."""
     try:
         yield
     except BaseException as e:
@@ -26,9 +26,10 @@ def declining(executor: Any, step: int) -> Iterator[None]:
 
 
 def written(committed: Committed | None, step: int) -> Committed:
-    """What a save has ended with. Raises where the overlap policy skipped the save, or a later one took its place.
+    """Returns the outcome of a save. Raises if the overlap policy skipped the save or replaced it by a later
+    one.
 
-    Frameworks take a checkpoint for durable when an adapter returns.
+    Frameworks assume that a checkpoint is durable when an adapter returns.
     """
     if committed is None:
         text = "the executor's overlap policy left out the save: give the executor overlap='block', or a number of saves"

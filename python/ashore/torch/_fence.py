@@ -15,7 +15,7 @@ from ashore import ClosedError
 
 
 class Handle:
-    """What `fence_before` returns: `remove()` ends it, and so does the end of a `with` block."""
+    """Removes the hooks of `fence_before`: by `remove()`, or at the end of a `with` block."""
 
     def __init__(self, hooks: list[Any]) -> None:
         self._hooks = hooks
@@ -33,7 +33,7 @@ class Handle:
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer of torch within accelerate's and others' wrappers."""
+    """Returns the torch optimizer inside a wrapper, such as accelerate's."""
     while not _has_hooks(optimizer) and hasattr(optimizer, "optimizer") and not isinstance(optimizer, LRScheduler):
         optimizer = optimizer.optimizer
     return optimizer
@@ -45,28 +45,30 @@ def _has_hooks(optimizer: Any) -> bool:
 
 
 def is_capturing() -> bool:
-    """Whether a CUDA graph is captured in the current stream."""
+    """True while a CUDA graph is captured in the current stream."""
     initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return initialized and torch.cuda.is_current_stream_capturing()
 
 
 def fence_before(executor: Any, *optimizers: Any) -> Handle:
-    """Calls `executor.fence()` before each step of these optimizers, or of all, later ones too, if none is given.
+    """Calls `executor.fence()` before each step of these optimizers.
 
-    The fence is called in the optimizer's pre-hook, so a save that was begun since the last step has read the
-    parameters and the optimizer's state when the step writes them. A fence without a save costs less than 1
+    Without optimizers, applies to all optimizers, including later ones.
+
+    The optimizer's pre-hook calls the fence. So a save that was begun since the last step has read the
+    parameters and the optimizer's state before the step writes them. A fence without a save costs less than 1
     us. A step that a GradScaler skips calls no hook, and writes nothing.
 
-    What the hook does not see: EMA weights and schedulers (call `save` after both), a copy of an optimizer
-    (hooks are not copied), and the replay of a CUDA graph. When a step is captured the hook says so once:
-    then call `executor.fence()` before `graph.replay()`. Where a framework runs forward and backward within
-    the step (Lightning, closures) the hook fires before them, which is right and hides nothing: use its
-    adapter.
+    The hook does not cover EMA weights and schedulers (call `save` after both), copies of an optimizer (hooks
+    are not copied), and the replay of a CUDA graph. When a step is captured, the hook warns once; then call
+    `executor.fence()` before `graph.replay()`. If a framework runs forward and backward within the step
+    (Lightning, closures), the hook runs before them. That is correct, but the save does not overlap with
+    them: use the framework's adapter.
 
-    The executor is held weakly. Once it is gone or was shut down the hook does nothing, and the next
-    `fence_before` of the same optimizer removes it. In a forked child the step raises ClosedError for the
-    executor of the parent. Raises TypeError for what is not an optimizer. An error of the fence is raised from
-    `step`, before anything is written.
+    The hook holds the executor weakly. After the executor was dropped or shut down, the hook does nothing,
+    and the next `fence_before` of the same optimizer removes it. In a forked child, the step raises
+    ClosedError for the parent's executor. Raises TypeError for an object that is not an optimizer. An error
+    of the fence is raised from `step`, before anything is written.
     """
     hook = _Hook(executor)
     inner = [unwrapped(optimizer) for optimizer in optimizers]
@@ -82,10 +84,10 @@ def fence_before(executor: Any, *optimizers: Any) -> Handle:
 
 
 class _Hook:
-    """What optimizers call before a step.
+    """The hook that optimizers call before a step.
 
-    It never removes itself: torch iterates over the hooks when it is called. The end of the executor removes
-    nothing either, because garbage may be collected within another hook.
+    The hook never removes itself, because torch iterates over the hooks while it is called. The end of the
+    executor does not remove it either, because garbage collection may run within another hook.
     """
 
     def __init__(self, executor: Any) -> None:
@@ -112,7 +114,7 @@ class _Hook:
             executor.fence()
         except ClosedError as closed:
             try:
-                # Returns at once, as it was called before; but in a forked child it raises.
+                # Returns at once if the executor was already shut down; in a forked child it raises.
                 executor.shutdown()
             except ClosedError:
                 raise closed from None

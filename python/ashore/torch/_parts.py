@@ -1,7 +1,7 @@
-"""The parts of a `State`: what each kind of object saves, and what it takes back.
+"""The parts of a `State`: how each kind of object is saved and restored.
 
-A part gives a tree of tensors and values (`tree`), the same with copies of what may be written before the
-fence (`taken`), and takes a saved tree back (`plan`, see `_restore`).
+`tree` returns a part as a tree of tensors and values. `taken` returns the same tree with copies of the
+tensors that may be written before the fence. `plan` restores a part from a saved tree (see `_restore`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
 def part_of(name: str, given: Any) -> Part:
-    """The part for an object that was given under this name."""
+    """Returns the part for an object that was given under this name."""
     if isinstance(given, nn.Module):
         return ModulePart(given)
     optimizer = unwrapped(given) if isinstance(given, torch.optim.Optimizer) else given
@@ -47,13 +47,13 @@ def part_of(name: str, given: Any) -> Part:
 
 
 class Copies:
-    """Copies of tensors, one for each memory, so that tied ones stay tied."""
+    """Copies tensors, once for each memory range, so that tied tensors stay tied."""
 
     def __init__(self) -> None:
         self._made: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def of(self, tree: Any) -> Any:
-        """The tree with copies of its tensors and arrays."""
+        """Returns the tree with copies of its tensors and arrays."""
         of = type(tree)
         if of is dict or of is OrderedDict:
             return of((key, self.of(value)) for key, value in tree.items())
@@ -69,7 +69,7 @@ class Copies:
         if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
             return tensor
         key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-        # The tensor is held, too, so that no other gets its memory meanwhile.
+        # The original is held, too, so that no other tensor gets its memory meanwhile.
         if key not in self._made:
             self._made[key] = tensor, tensor.detach().clone()
         return self._made[key][1]
@@ -100,10 +100,11 @@ class StatefulPart(Part):
 
 
 class RngPart(StatefulPart):
-    """Random numbers. Which generators there are depends on the machine and on the moment.
+    """The states of random number generators. Which generators exist depends on the machine and on the
+    moment.
 
-    A step that was saved before CUDA or NumPy was in use lacks theirs, and that is no missing name. Of
-    several ranks each has its own, in a value of the rank.
+    A step that was saved before CUDA or NumPy was in use lacks their states, and they do not count as missing
+    names. With several ranks, each rank keeps its own states in a value of the rank.
     """
 
     def own(self) -> Any:
@@ -138,7 +139,7 @@ class DictPart(Part):
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    """The module within wrappers that only put a prefix before its names."""
+    """Returns the module inside wrappers that only add a prefix to its names."""
     while True:
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             module = module.module
@@ -149,7 +150,7 @@ def _bare(module: nn.Module) -> nn.Module:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether `state_dict` of this module, without its children, is its parameters and persistent buffers."""
+    """True if `state_dict` of this module, without its children, is its parameters and persistent buffers."""
     of = type(module)
     return (
         of.state_dict is nn.Module.state_dict
@@ -161,7 +162,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 class ModulePart(Part):
-    """A module. Where its tensors are is found once, and again when the module has changed its structure."""
+    """A module. It locates its tensors once, and again when the module has changed its structure."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = _bare(module)
@@ -169,7 +170,7 @@ class ModulePart(Part):
         self._scan()
 
     def scans(self) -> int:
-        """How often the structure was looked at: again in this call, if it has changed."""
+        """Returns how often the structure was scanned. Scans it again if it has changed."""
         if not self._is_known():
             self._scan()
         return self._count
@@ -181,7 +182,8 @@ class ModulePart(Part):
         self._names: list[str] = []
         self._places: list[tuple[Mapping[str, Any], str]] = []
         self._buffers: list[str] = []
-        # What must be the same for the places to hold: children by identity, and how many entries dicts have.
+        # The places are valid while these are unchanged: children by identity, and the number of entries of
+        # dicts.
         self._children: list[tuple[Mapping[str, Any], str]] = []
         self._dicts: list[Mapping[str, Any] | set[str]] = []
         self._absent: list[tuple[Mapping[str, Any], str]] = []
@@ -218,25 +220,25 @@ class ModulePart(Part):
 
     def taken(self, copies: Copies) -> Any:
         tree = self.tree()
-        # Forward writes buffers before the fence: BatchNorm its averages, spectral_norm its vectors.
+        # Forward writes buffers before the fence: BatchNorm writes its averages, spectral_norm its vectors.
         for name in self._buffers if self._plain else [key for key, value in tree.items() if not _is_parameter(value)]:
             tree[name] = copies.of(tree[name])
         return tree
 
     @staticmethod
     def frozen(taken: Mapping[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters in what `taken` gave that do not train."""
+        """The parameters in the result of `taken` that do not train."""
         return ((name, value) for name, value in taken.items() if _is_parameter(value) and not value.requires_grad)
 
     def names(self) -> Iterator[tuple[int, str]]:
-        """The identity of each parameter, and its first name."""
+        """Yields the identity of each parameter, and its first name."""
         return ((id(parameter), name) for name, parameter in self._module.named_parameters())
 
     def plan(self, plan: Plan, name: str) -> None:
         if self._plain:
             plan.build(name, like=self.tree(), in_place=True, of_module=True)
             return
-        # What hooks and extra state make of the tensors is theirs: they get new ones.
+        # Hooks and extra state may transform the tensors, so `load_state_dict` gets new tensors.
         built = plan.build(name, like=self.tree(), in_place=False, of_module=True)
         if built is not plan.MISSING:
             plan.after(lambda: self._module.load_state_dict(built, strict=False))
@@ -247,7 +249,7 @@ def _is_parameter(value: Any) -> bool:
 
 
 class OptimizerPart(Part):
-    """An optimizer. Parameters have the names of their modules, so that their order does not matter."""
+    """An optimizer. Parameters are named after their modules, so that their order does not matter."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -257,7 +259,7 @@ class OptimizerPart(Part):
         self._by_id: dict[int, str] = {}
 
     def name_by(self, names: Mapping[int, str]) -> None:
-        """Takes the names of parameters. Those that no module has are numbered within their groups."""
+        """Sets the names of parameters. Parameters that no module has are numbered within their groups."""
         self._known = dict(names)
         self._parameters = []
 
@@ -272,7 +274,7 @@ class OptimizerPart(Part):
                 [self._known.get(id(parameter), f"group{number}:{index}") for index, parameter in enumerate(group)]
                 for number, group in enumerate(parameters)
             ]
-            # Torch's hash of a parameter is a call of Python, which would be most of what `tree` costs.
+            # Hashing a torch parameter calls Python, which would be most of the cost of `tree`.
             pairs = (zip(group, names) for group, names in zip(self._parameters, self._names))
             self._by_id = {id(parameter): name for pair in pairs for parameter, name in pair}
 
@@ -291,7 +293,7 @@ class OptimizerPart(Part):
 
     def taken(self, copies: Copies) -> Any:
         tree = self.tree()
-        # A scheduler writes a learning rate that is a tensor.
+        # A scheduler writes a learning rate in place if it is a tensor.
         tree["param_groups"] = [
             {key: value if key == "params" else copies.of(value) for key, value in group.items()}
             for group in tree["param_groups"]
@@ -310,7 +312,8 @@ class OptimizerPart(Part):
         matched = plan.matched_groups(name, [group["params"] for group in saved], self._names)
 
         def like(parameter: str, key: str) -> Any:
-            """Where new state lies: on the device of its parameter, but for counters of steps."""
+            """Returns the parameter on whose device new state lies. None for step counters that stay on the
+            host."""
             owner, group = by_name[parameter], self._optimizer.param_groups[groups[parameter]]
             off_device = key == "step" and not (group.get("capturable") or group.get("fused"))
             return None if off_device else owner

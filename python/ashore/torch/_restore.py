@@ -1,4 +1,4 @@
-"""Puts a checkpoint back into the objects of a `State`."""
+"""Restores a checkpoint into the objects of a `State`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ._numpy import is_array
 
 
 class IncompatibleKeys(collections.namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])):
-    """Names that the state has and the checkpoint lacks, and the reverse."""
+    """Names that the state has and the checkpoint lacks, and names for which the reverse is true."""
 
     __slots__ = ()
 
@@ -30,7 +30,8 @@ class _Missing:
 
 
 class Plan:
-    """What a restore will read, and what follows. Nothing of the state changes before `carry_out`."""
+    """The tensors that a restore will read, and the actions after that. The state changes only in
+    `carry_out`."""
 
     MISSING = _Missing()
 
@@ -43,14 +44,15 @@ class Plan:
         self.missing: list[str] = []
 
     def after(self, act: Callable[[], Any]) -> None:
-        """Runs `act` once all tensors are read."""
+        """Runs `act` after all tensors are read."""
         self._after.append(act)
 
     def build(self, name: str, *, like: Any, in_place: bool, of_module: bool = False) -> Any:
-        """The saved tree at `name`. `like` is the tree there now; with `in_place` its tensors are the targets.
+        """Returns the saved tree at `name`. `like` is the current tree; with `in_place` its tensors are the
+        targets.
 
-        Names that only `like` has are missing. Of a module, only names are taken that `like` has, and new
-        tensors must have dtype and shape of those there.
+        Names that only `like` has are missing. For a module, only names that `like` has are restored, and new
+        tensors must have the dtype and shape of the current ones.
         """
         shape = self._shape.at(name)
         if shape is None:
@@ -69,7 +71,7 @@ class Plan:
         return self._build(shape, name, like, target)
 
     def whole(self) -> Any:
-        """The whole tree, read into new tensors on the host."""
+        """Reads the whole tree into new tensors on the host."""
         items = {key: self._build(item, str(key), None, lambda path, _: self._new(path, None)) for key, item in self._shape.items.items()}
         self._checkpoint.read_into(self._targets, strict=False)
         return self._shape.made(items)
@@ -77,11 +79,12 @@ class Plan:
     def build_state(
         self, name: str, now: Mapping[str, Any], known: Mapping[str, Any], like: Callable[[str, str], Any]
     ) -> dict[str, Any]:
-        """The saved state of an optimizer's parameters. Tensors that it lacks are made as `like` says."""
+        """Returns the saved state of an optimizer's parameters. Tensors that are missing in the current state
+        are created as `like` says."""
         shape = self._shape.at(name)
         entries = {} if shape is None else shape.items
         if shape is not None and shape.kind == "value":
-            # Of an optimizer that has not stepped: an empty dict.
+            # An optimizer that has not stepped saves an empty dict as a value.
             self._used.add(name)
         built = {}
         for parameter, entry in entries.items():
@@ -101,7 +104,7 @@ class Plan:
         return built
 
     def matched_groups(self, name: str, saved: list[list[str]], now: list[list[str]]) -> list[int]:
-        """Which saved group each group is: the one with the same parameters, in any order."""
+        """Returns for each group the index of the saved group with the same parameters, in any order."""
         if len(saved) == len(now):
             numbers = {frozenset(names): number for number, names in enumerate(saved)}
             matched = [numbers.get(frozenset(names), -1) for names in now]
@@ -127,7 +130,8 @@ class Plan:
         return keys
 
     def own(self, name: str) -> tuple[bool, Any]:
-        """Whether the ranks that saved have a value of their own, and that of this rank: None where there was none."""
+        """Returns whether the saving ranks have values of their own, and the value of this rank: None if it
+        has none."""
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         if self._shape.at(name) is not None:
             return False, None
@@ -190,7 +194,7 @@ def _saved_shape(checkpoint: Any) -> Any:
 
 
 class _Shape:
-    """What a saved tree consists of: the text in the step's metadata, as `ashore.tree` says."""
+    """The structure of a saved tree, from the text in the step's metadata `ashore.tree`."""
 
     def __init__(self, kind: str, items: dict[Any, _Shape]) -> None:
         self.kind, self.items = kind, items
@@ -225,7 +229,7 @@ def _children(tree: Any) -> dict[Any, Any]:
 
 
 def _leaves(path: str, tree: Any) -> list[str]:
-    """The names that the leaves of a tree are saved under."""
+    """The names under which the leaves of a tree are saved."""
     children = _children(tree)
     if not children or (isinstance(tree, (list, tuple)) and not has_tensor(tree)):
         return [path]

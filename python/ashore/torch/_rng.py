@@ -1,4 +1,4 @@
-"""The state of random numbers: Python's, NumPy's, torch's, and those of CUDA devices."""
+"""The states of the random number generators of Python, NumPy, torch and CUDA devices."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from ._numpy import is_array
 
 
 def rng_state(devices: bool = True) -> dict[str, Any]:
-    """The state of the global generators of Python, NumPy (where it is imported) and torch.
+    """Returns the states of the global generators of Python, NumPy (if it is imported) and torch.
 
-    With `devices`, also that of every CUDA device, where CUDA is in use. `set_rng_state` takes it back.
+    With `devices`, also returns the state of every CUDA device, if CUDA is in use. `set_rng_state` restores
+    the states.
 
     >>> state = rng_state()
     >>> a = torch.rand(3)
@@ -32,10 +33,10 @@ def rng_state(devices: bool = True) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Sets the generators that `state` names, as `rng_state` returned it.
+    """Sets the generators that `state` names. `state` is a result of `rng_state`.
 
-    Those that this process lacks (CUDA devices beyond its own, NumPy where it is not installed) are left out,
-    and those that `state` lacks go on as they are.
+    Generators that this process lacks (CUDA devices beyond its own, NumPy if it is not installed) are
+    skipped. Generators that `state` lacks continue unchanged.
     """
     random.setstate(state["python"])
     torch.set_rng_state(torch.as_tensor(state["torch"]))
@@ -55,7 +56,7 @@ def _set_numpy(state: dict[str, Any]) -> None:
 
 
 def plain(tree: Any) -> Any:
-    """The state of generators without tensors and arrays: those are their bytes."""
+    """Returns the states of generators with the bytes of tensors and arrays in their place."""
     if isinstance(tree, dict):
         return {key: plain(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
@@ -66,7 +67,7 @@ def plain(tree: Any) -> Any:
 
 
 def of_plain(state: dict[str, Any]) -> dict[str, Any]:
-    """What `plain` was given."""
+    """Reverses `plain`."""
 
     def tensor(data: bytes) -> torch.Tensor:
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -85,8 +86,8 @@ def of_plain(state: dict[str, Any]) -> dict[str, Any]:
 class Rng:
     """The global generators as an object of a `State`: `state(model=model, rng=Rng())`.
 
-    A step may have been saved with more or fewer generators than there are when it is restored: those of both
-    are set.
+    A step may have been saved with more or fewer generators than exist at its restore. Only generators that
+    both have are set.
     """
 
     def __init__(self, devices: bool = True) -> None:

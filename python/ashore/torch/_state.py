@@ -1,4 +1,4 @@
-"""What a training loop saves, as named objects."""
+"""The state that a training loop saves, as named objects."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ._parts import Copies, ModulePart, OptimizerPart, RngPart, part_of
 from ._restore import IncompatibleKeys, Plan
 
 
-# The engine writes smaller files again rather than share them.
+# The engine rewrites smaller files instead of sharing them.
 _LEAST = 1 << 20
 
 
 class State:
-    """The objects of a program that a checkpoint consists of. Made by `state`."""
+    """The objects of a program that make up a checkpoint. Created by `state`."""
 
     def __init__(self, **objects: Any) -> None:
         if not objects:
@@ -26,14 +26,15 @@ class State:
         self._scans: list[int] | None = None
 
     def tree(self) -> dict[str, Any]:
-        """The tensors and values as they are now, in dicts and lists. Tensors are those of the program."""
+        """Returns the current tensors and values, in dicts and lists. The tensors are the program's own."""
         self._name_parameters()
         return {name: part.tree() for name, part in self._parts.items()}
 
     def taken(self) -> dict[str, Any]:
-        """The tree to save: that of `tree`, with copies of the tensors that may be written before the fence.
+        """Returns the tree to save: the result of `tree`, with copies of tensors that may be written before
+        the fence.
 
-        Parameters and the state of optimizers are the program's own, because only an optimizer writes them.
+        Parameters and the state of optimizers are not copied, because only an optimizer writes them.
         Everything else is copied: forward writes buffers, schedulers write learning rates.
         """
         self._name_parameters()
@@ -41,22 +42,24 @@ class State:
         return {name: part.taken(copies) for name, part in self._parts.items()}
 
     def of_rank(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What `taken` gives, without random numbers, and those: of several ranks each has its own."""
+        """Returns the result of `taken` without the states of random number generators, and these states
+        separately. With several ranks, each rank saves its own."""
         tree = self.taken()
         own = {name: part.own() for name, part in self._parts.items() if isinstance(part, RngPart)}
         return {name: entry for name, entry in tree.items() if name not in own}, own
 
     def frozen(self, taken: Mapping[str, Any]) -> list[str]:
-        """The names of parameters in what `taken` gave that do not train (`requires_grad` is off).
+        """Returns the names of parameters in the result of `taken` that do not train (`requires_grad` is
+        off).
 
-        None where they are few bytes together: files of their own would not be shared.
+        Returns no names if these parameters have few bytes together, because their files would not be shared.
         """
         modules = [name for name, part in self._parts.items() if isinstance(part, ModulePart)]
         found = [(f"{name}.{path}", value) for name in modules for path, value in ModulePart.frozen(taken[name])]
         return [name for name, _ in found] if sum(value.nbytes for _, value in found) >= _LEAST else []
 
     def plan(self, checkpoint: Any) -> Plan:
-        """What a restore of `checkpoint` would do."""
+        """Plans a restore of `checkpoint`."""
         self._name_parameters()
         plan = Plan(checkpoint)
         for name, part in self._parts.items():
@@ -64,7 +67,8 @@ class State:
         return plan
 
     def _name_parameters(self) -> None:
-        """Tells optimizers the names of parameters, again when a module has changed its structure."""
+        """Passes the names of parameters to the optimizers, again after a module has changed its
+        structure."""
         modules = {name: part for name, part in self._parts.items() if isinstance(part, ModulePart)}
         scans = [part.scans() for part in modules.values()]
         if scans == self._scans:
@@ -80,38 +84,41 @@ class State:
 
 
 def state(**objects: Any) -> State:
-    """What a checkpoint consists of: modules, optimizers, schedulers, scalers, dicts, by name.
+    """Collects the objects of a checkpoint by name: modules, optimizers, schedulers, scalers, dicts.
 
-    Anything with `state_dict` and `load_state_dict` is taken, and dicts of plain values (`progress={"epoch":
-    3}`), which are restored in place. Make it once, before the loop: where the tensors are is found once, and
-    again when a module has changed its structure. The objects are held, not copied.
+    Any object with `state_dict` and `load_state_dict` is accepted, and dicts of plain values
+    (`progress={"epoch": 3}`), which are restored in place. Create the state once, before the loop: it locates
+    the tensors once, and again when a module has changed its structure. It holds the objects and does not
+    copy them.
 
-    Tensors are saved by the names of their modules (`model.layers.0.weight`), an optimizer's state by those
-    of its parameters (`optimizer.state.model.layers.0.weight.exp_avg`), so that the order of parameters does
-    not matter. `DistributedDataParallel` and `torch.compile` do not change names.
+    Tensors are saved under the names of their modules (`model.layers.0.weight`), and an optimizer's state
+    under the names of its parameters (`optimizer.state.model.layers.0.weight.exp_avg`). So the order of
+    parameters does not matter. `DistributedDataParallel` and `torch.compile` do not change names.
 
-    Raises TypeError for what cannot be part of a state.
+    Raises TypeError for an object that cannot be part of a state.
     """
     return State(**objects)
 
 
 def save(executor: Any, step: int, state: State, **options: Any) -> Any:
-    """Begins a save of `state`, and returns it: `CheckpointExecutor.save` with what `state` consists of now.
+    """Begins a save of `state` and returns the save: `CheckpointExecutor.save` with the current contents of
+    `state`.
 
-    Until the next fence, parameters and the optimizer's state must not be written: `fence_before` takes care
-    of that. Everything else (buffers, dicts, schedulers, random numbers) may be written at once: it is copied
-    in this call, where it lies, and the copies are held until they are staged. `options` are those of
-    `CheckpointExecutor.save`. `frozen` is by default the parameters of modules whose `requires_grad` is off, if
-    they are 1 MiB or more: their files are shared by later steps as long as they do not change.
+    Until the next fence, nothing may write parameters and the optimizer's state; `fence_before` ensures that.
+    The program may write everything else (buffers, dicts, schedulers, random numbers) at once: this call
+    copies it on the device where it lies, and the copies are held until they are staged. `options` are those
+    of `CheckpointExecutor.save`. The default of `frozen` is the parameters of modules whose `requires_grad`
+    is off, if they have 1 MiB or more: later steps share their files as long as they do not change.
 
-    Of several ranks (`CheckpointExecutor(ranks=...)`) each calls it with the same step. It gives its boxes of
-    DTensors, and random numbers of its own; everything else is the same on all ranks, and written once.
+    With several ranks (`CheckpointExecutor(ranks=...)`), each rank calls this with the same step. Each rank
+    gives its boxes of DTensors and its own random numbers. Everything else is the same on all ranks and
+    written once.
 
-    A storage that is resized between the save and the fence (`untyped_storage().resize_`) is read after it
-    was freed: that is the caller's breach, which no reference prevents.
+    Do not resize a storage between the save and the fence (`untyped_storage().resize_`): the save would read
+    freed memory, and no reference prevents that.
     """
     with declining(executor, step):
-        # A step that a GradScaler skipped has called no fence, and the executor reads one state at a time.
+        # A step that a GradScaler skipped has not called a fence, and the executor reads one state at a time.
         executor.fence()
         tree, own = (state.taken(), {}) if executor._alone else state.of_rank()
         if executor._alone:
@@ -122,14 +129,14 @@ def save(executor: Any, step: int, state: State, **options: Any) -> Any:
 
 
 def restore(checkpoint: Any, state: State, *, strict: bool = True) -> IncompatibleKeys:
-    """Puts a checkpoint into the objects of `state`, in place, and returns the names that did not match.
+    """Restores a checkpoint into the objects of `state`, in place, and returns the names that did not match.
 
-    Tensors of modules and optimizers are filled where they lie; an optimizer that has no state yet gets it.
-    Shapes and dtypes are never converted. With `strict`, names that only one of them has are an error, and
-    nothing was changed; otherwise what both have is restored.
+    Tensors of modules and optimizers are filled in place. An optimizer that has no state yet gets it. Shapes
+    and dtypes are never converted. With `strict`, names that only one of the two has are an error, and
+    nothing is changed. Otherwise the names that both have are restored.
 
-    Raises `ashore.InvalidError` for names, shapes or dtypes that differ, and `ashore.DamagedError` for bytes
-    that are not those that were saved: then the content of the objects is undefined.
+    Raises `ashore.InvalidError` for names, shapes or dtypes that differ. Raises `ashore.DamagedError` for
+    bytes that differ from the saved bytes: then the content of the objects is undefined.
     """
     with torch.no_grad():
         return state.plan(checkpoint).carry_out(strict)

@@ -1,4 +1,5 @@
-"""Trees with objects that are no plain values: those are pickled, so that they come back as they were."""
+"""Trees with objects that are not plain values. These objects are pickled, so that they are restored
+unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ _PLAIN = {type(None), bool, int, float, complex, str, bytes}
 
 
 def packed(tree: Any) -> Any:
-    """The tree with each object that is neither plain nor a tensor as a dict that holds its pickle."""
+    """Returns the tree with each object that is neither plain nor a tensor replaced by a dict that holds its
+    pickle."""
     of = type(tree)
     if of in _PLAIN or isinstance(tree, torch.Tensor) or is_array(tree):
         return tree
@@ -29,7 +31,7 @@ def packed(tree: Any) -> Any:
 
 
 def unpacked(tree: Any) -> Any:
-    """The tree that `packed` was given."""
+    """Reverses `packed`."""
     of = type(tree)
     if of is list or of is tuple:
         return of(map(unpacked, tree))

@@ -1,10 +1,10 @@
-"""accelerate: the objects that an `Accelerator` has prepared, as a state.
+"""accelerate: collects the objects that an `Accelerator` has prepared as a state.
 
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     state = ashore.torch.accelerate.state(accelerator, progress=progress)
     ashore.torch.fence_before(executor, optimizer)
 
-`accelerator.save_state` would write optimizers and random numbers itself, by pickle: save this state instead.
+`accelerator.save_state` would itself write optimizers and random numbers, by pickle. Save this state instead.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ._state import State
 
 
 def state(accelerator: Any, **more: Any) -> State:
-    """What an accelerator has prepared and registered, the random numbers, and `more`.
+    """Collects what an accelerator has prepared and registered, the random numbers, and `more`.
 
-    The first of each kind has its name alone (`model`), the next a number (`model1`).
+    The first object of each kind is named after the kind (`model`); the next ones have a number (`model1`).
     """
     objects: dict[str, Any] = {}
     kinds = {

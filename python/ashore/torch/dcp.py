@@ -31,12 +31,14 @@ from ._boxes import mine
 from ._dtypes import torch_dtype
 from ._errors import declining, invalid, written
 
-# The value with what DCP's own metadata would say: objects as bytes, by name, and the path of each name.
+# The value that holds what DCP's own metadata would contain: objects as bytes, by name, and the path of each
+# name.
 _VALUE = "ashore.dcp"
 
 
 def step_of(checkpoint_id: str | os.PathLike[str] | int | None) -> int | None:
-    """The step that an id of DCP names: its last digits (`step-5`, `/checkpoints/1000`), or none."""
+    """Returns the step that a DCP id names by its last digits (`step-5`, `/checkpoints/1000`). None if there
+    is no id."""
     if checkpoint_id is None:
         return None
     text = os.fspath(checkpoint_id) if not isinstance(checkpoint_id, int) else str(checkpoint_id)
@@ -48,7 +50,7 @@ def step_of(checkpoint_id: str | os.PathLike[str] | int | None) -> int | None:
 
 
 class _Begun:
-    """Saves that stagers have begun and no writer has waited for, of each executor."""
+    """The saves of each executor that stagers have begun and for which no writer has waited."""
 
     _lock = threading.Lock()
     _saves: weakref.WeakKeyDictionary[Any, dict[int, tuple[Any, set[str]]]] = weakref.WeakKeyDictionary()
@@ -65,7 +67,7 @@ class _Begun:
 
 
 def begin(executor: Any, step: int, state_dict: dict[str, Any]) -> tuple[Any, set[str]]:
-    """Begins the save of a state dict of DCP; returns it and the names that it has."""
+    """Begins the save of a DCP state dict. Returns the save and the names in it."""
     flat, paths = flatten_state_dict(state_dict)
     return begin_flat(executor, step, flat, paths), set(flat)
 
@@ -96,7 +98,7 @@ class Tensors:
         self._boxes: list[tuple[list[int], list[int]] | None] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """A tensor, or what this rank has of a DTensor."""
+        """Adds a tensor, or the part of a DTensor that this rank holds."""
         if not isinstance(tensor, DTensor):
             self._put(name, tensor.detach(), None)
         elif (held := mine(tensor, name)) is not None:
@@ -119,9 +121,8 @@ class Tensors:
 class Stager(AsyncStager):
     """Stages a state dict by beginning its save: `dcp.async_save(state, async_stager=Stager(executor, step), ...)`.
 
-    `stage` returns at once, and nothing is copied in the call but small tensors. The state may be written
-    after the next fence of the executor (`ashore.torch.fence_before`). The writer of the same step waits for
-    it.
+    `stage` returns at once, and copies only small tensors. The program may write the state after the next
+    fence of the executor (`ashore.torch.fence_before`). The writer of the same step waits for the save.
     """
 
     def __init__(self, executor: Any, step: int) -> None:
@@ -147,14 +148,16 @@ class Stager(AsyncStager):
 
 
 class StorageWriter(_Writer, Stager):
-    """Writes what DCP saves as a step of `executor`: `dcp.save(state, storage_writer=StorageWriter(executor, 5))`.
+    """Writes a DCP save as a step of `executor`:
+    `dcp.save(state, storage_writer=StorageWriter(executor, 5))`.
 
-    `dcp.async_save` takes it as the stager, too: its `stage` begins the save, and its `write_data` waits
-    until the step is durable. The step is that given here, or the number in which DCP's `checkpoint_id` ends.
-    Tensors keep their names; other objects are kept in a value, as `torch.save` writes them: keep them small.
+    `dcp.async_save` also uses the writer as the stager: `stage` begins the save, and `write_data` waits until
+    the step is durable. The step is the argument given here, or the number at the end of DCP's
+    `checkpoint_id`. Tensors keep their names. Other objects are kept in a value, as `torch.save` writes them:
+    keep them small.
 
-    With several ranks each has an executor with `ranks=`, over the same root, and gives the boxes of its
-    DTensors. What all ranks hold is written once. Objects are those of rank 0.
+    With several ranks, each rank has an executor with `ranks=` over the same root, and gives the boxes of its
+    DTensors. Tensors that all ranks hold are written once. Objects are those of rank 0.
     """
 
     def __init__(self, executor: Any, step: int | None = None) -> None:
@@ -204,9 +207,10 @@ class StorageWriter(_Writer, Stager):
         return done
 
     def _begin(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        """A save of what the planner resolves, where no stager has begun one."""
+        """Begins a save of what the planner resolves, if no stager has begun one."""
         if type(planner) is DefaultSavePlanner and planner.flatten_state_dict:
-            # What each rank holds, not what is left to it once DCP has dropped replicas: the engine does that.
+            # Save everything that each rank holds, including the replicas that DCP has dropped: the engine
+            # drops replicas itself.
             return begin_flat(self._executor, self._step, planner.state_dict, planner.mappings)
         saves, objects = Tensors(), {}
         with declining(self._executor, self._step):
@@ -228,8 +232,9 @@ class StorageWriter(_Writer, Stager):
 class StorageReader(_Reader):
     """Reads a step into DCP: `dcp.load(state, storage_reader=StorageReader(checkpoint))`.
 
-    `checkpoint` is an `ashore.Checkpoint`. Any step will do: tensors of one that DCP did not save have their
-    names. A tensor is read into one of the same dtype only, unlike by DCP's own readers, which convert.
+    `checkpoint` is an `ashore.Checkpoint`. It may be any step: tensors of a step that DCP did not save are
+    read by their names. A tensor is read only into a tensor of the same dtype, while DCP's own readers
+    convert.
     """
 
     def __init__(self, checkpoint: Any) -> None:
@@ -267,7 +272,7 @@ class StorageReader(_Reader):
             chunk = item.storage_index.offset or [0] * len(item.storage_offsets)
             begins = [at + offset for at, offset in zip(chunk, item.storage_offsets)]
             region = [(begin, begin + length) for begin, length in zip(begins, item.lengths)]
-            # Parts of a tensor that was cut in columns lie between each other.
+            # Parts of a tensor that was split by columns are interleaved in memory.
             packed = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
             reads.append((item, target, name, packed, region))
         names, memory, regions = ([read[at] for read in reads] for at in (2, 3, 4))
@@ -286,7 +291,7 @@ def _saved(checkpoint: Any) -> dict[str, Any]:
 
 
 def metadata(checkpoint: Any) -> Metadata:
-    """What DCP's own `.metadata` would say of a step."""
+    """Returns what DCP's own `.metadata` would contain for a step."""
     saved = _saved(checkpoint)
     described: dict[str, Any] = {name: BytesStorageMetadata() for name in saved["objects"]}
     for name in checkpoint.names():

@@ -1,4 +1,4 @@
-"""Lightning: its checkpoints written by an executor, and the fence where Lightning's optimizers need it.
+"""Lightning: an executor writes its checkpoints, and a fence runs where Lightning's optimizers need it.
 
     fence = ashore.torch.lightning.Fence(executor)
     io = ashore.torch.lightning.CheckpointIO(executor, fence)
@@ -27,8 +27,8 @@ from ._trees import packed, unpacked
 class Fence(Callback):
     """Calls the fence in `on_before_optimizer_step`.
 
-    The optimizer's own pre-hook, as of `fence_before`, comes before forward and backward there, which run
-    within the optimizer's step.
+    The optimizer's own pre-hook, which `fence_before` uses, runs before forward and backward there, because
+    these run within the optimizer's step.
     """
 
     def __init__(self, executor: Any) -> None:
@@ -42,18 +42,18 @@ class Fence(Callback):
         self._executor.fence()
 
     def addresses(self) -> set[int]:
-        """Where the parameters are: what only an optimizer writes."""
+        """Returns the addresses of the parameters, which only an optimizer writes."""
         return set() if self._module is None else {parameter.data_ptr() for parameter in self._module.parameters()}
 
 
 class CheckpointIO(_CheckpointIO):
-    """Writes each checkpoint of Lightning into a directory of the name that Lightning gives it (`last.ckpt`).
+    """Writes each Lightning checkpoint into a directory with the name that Lightning gives it (`last.ckpt`).
 
-    `save_checkpoint` returns at once. Parameters and the state of optimizers are read until the fence; other
-    tensors are copied in the call. Whatever is not plain (paths, hyperparameters of other types) is pickled.
-    A checkpoint of the same path is replaced when the new one is durable. `remove_checkpoint` waits until all
-    checkpoints are durable, and removes nothing if one failed: `ModelCheckpoint(save_top_k=-1)` never calls
-    it. `load_checkpoint` unpickles: load what you trust.
+    `save_checkpoint` returns at once. The save reads parameters and the state of optimizers until the fence;
+    the call copies other tensors. Objects that are not plain (paths, hyperparameters of other types) are
+    pickled. A checkpoint of the same path is replaced when the new one is durable. `remove_checkpoint` waits
+    until all checkpoints are durable, and removes nothing if one failed; `ModelCheckpoint(save_top_k=-1)`
+    never calls it. `load_checkpoint` unpickles: load only checkpoints that you trust.
     """
 
     def __init__(self, executor: Any, fence: Fence) -> None:
@@ -76,7 +76,7 @@ class CheckpointIO(_CheckpointIO):
             for name, value in weights.items()
         }
         self._wait(path)
-        # A step without an optimizer's, as after validation, has called no fence.
+        # A step without an optimizer step, as after validation, has not called a fence.
         self._executor.fence()
         step = int(checkpoint.get("global_step", 0))
         self._saves[path] = self._executor.save(step, packed(taken), directory=path, overwrite=True)
@@ -94,7 +94,7 @@ class CheckpointIO(_CheckpointIO):
         shutil.rmtree(path, ignore_errors=True)
 
     def teardown(self) -> None:
-        """Waits until every checkpoint is durable; raises the error of one that failed."""
+        """Waits until every checkpoint is durable. Raises the error of a checkpoint that failed."""
         self._wait_for_all()
 
     def _wait_for_all(self) -> None:

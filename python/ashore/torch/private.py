@@ -1,6 +1,7 @@
 """torch's private interface for the executor of asynchronous saves.
 
-torch may change it in any version: the versions that were tried are in `TRIED`, and others are refused.
+torch may change this interface in any version. `TRIED` lists the versions that were tried; other versions are
+refused.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ except ImportError as e:
 
 
 class Executor(_AsyncCheckpointExecutor):
-    """Carries out DCP's asynchronous saves by an executor of ashore, without DCP's planner and without a thread.
+    """Runs DCP's asynchronous saves with an executor of ashore, without DCP's planner and without a thread.
 
     `Executor(executor).execute_save(state, checkpoint_id="step-5")` begins the save in the call and returns a
-    future of DCP's metadata, which resolves when the step is durable. The state may be written after the next
-    fence of the executor. Planners are not asked. Process groups of several ranks are refused: use
+    future of DCP's metadata, which resolves when the step is durable. The program may write the state after
+    the next fence of the executor. Planners are not used. Process groups of several ranks are refused: use
     `dcp.async_save` with `ashore.torch.StorageWriter`.
     """
 
@@ -92,12 +93,12 @@ def _has_several_ranks(process_group: Any, no_dist: bool) -> bool:
     return within and dist.get_world_size(process_group) > 1
 
 
-# What it constructs for saves in a thread.
+# The class that torch constructs for saves in a thread.
 _CLASS = "_ThreadBasedAsyncCheckpointExecutor"
 
 
 class Installed:
-    """What `install` returns: `remove()` takes it back."""
+    """The handle that `install` returns: `remove()` undoes the installation."""
 
     def __init__(self, before: Any) -> None:
         self._before = before
@@ -107,9 +108,10 @@ class Installed:
 
 
 def install(executor: Any) -> Installed:
-    """Has `dcp.async_save` carry out, by `Executor`, saves whose `storage_writer` is `ashore.torch.StorageWriter`.
+    """Makes `dcp.async_save` use `Executor` for saves whose `storage_writer` is `ashore.torch.StorageWriter`.
 
-    Other saves, and those of several ranks, go the way they went. Raises ImportError for a version of torch that was not tried.
+    Other saves, and saves of several ranks, run as before. Raises ImportError for a version of torch that was
+    not tried.
     """
     if not torch.__version__.startswith(tuple(version + "." for version in TRIED)):
         raise ImportError(f"ashore.torch.private was tried with torch {', '.join(TRIED)} torch={torch.__version__}")

@@ -1,7 +1,7 @@
-"""The Trainer of transformers: saves by a callback, with `save_strategy="no"`.
+"""The Trainer of transformers: a callback saves, with `save_strategy="no"`.
 
-    callback = ashore.torch.transformers.Callback(executor, every=100) trainer = Trainer(model,
-    TrainingArguments(..., save_strategy="no"), train_dataset=data, callbacks=[callback])
+    callback = ashore.torch.transformers.Callback(executor, every=100)
+    trainer = Trainer(model, TrainingArguments(..., save_strategy="no"), train_dataset=data, callbacks=[callback])
     ashore.torch.transformers.train(trainer, callback)  # from the newest step, or from the beginning
 """
 
@@ -23,7 +23,8 @@ from ._state import State, restore, save
 
 
 class _LateRng(Rng):
-    """Random numbers that are set when the first step begins: skipping data draws some before."""
+    """Random numbers that are set only when the first step begins, because skipping data draws some
+    before."""
 
     _loaded: dict[str, Any] | None = None
 
@@ -37,10 +38,11 @@ class _LateRng(Rng):
 
 
 class Callback(TrainerCallback):
-    """Saves every `every` steps, fences before the optimizer's, and restores what `train` found.
+    """Saves every `every` steps, fences before the optimizer's step, and restores the checkpoint that `train`
+    found.
 
-    The model is saved under its own names below `model.`, with optimizer, scheduler, random numbers and the
-    Trainer's state, from which the Trainer finds its place in the data.
+    The model is saved under its own names below `model.`, together with optimizer, scheduler, random numbers
+    and the Trainer's state. The Trainer finds its place in the data from that state.
     """
 
     def __init__(self, executor: Any, every: int) -> None:
@@ -83,7 +85,7 @@ class Callback(TrainerCallback):
 
 
 def train(trainer: Any, callback: Callback) -> TrainOutput:
-    """`trainer.train()`, from the newest durable step of the callback's executor if there is one."""
+    """Runs `trainer.train()` from the newest durable step of the callback's executor, if there is one."""
     found = callback._executor.latest()
     if found is None:
         output: TrainOutput = trainer.train()
@@ -92,7 +94,7 @@ def train(trainer: Any, callback: Callback) -> TrainOutput:
     with tempfile.TemporaryDirectory(prefix="ashore-resume-") as directory:
         with open(os.path.join(directory, "trainer_state.json"), "w") as file:
             file.write(found.value("trainer.state"))
-        # The callback restores the weights: the Trainer is told where in the data it was, and no more.
+        # The callback restores the weights. The Trainer only learns its place in the data.
         trainer._load_from_checkpoint = lambda *_, **__: None
         try:
             output = trainer.train(resume_from_checkpoint=directory)
