@@ -1,4 +1,4 @@
-// ashore for C++17: objects that free themselves, exceptions for failures. A thin header over ashore.h.
+// ashore for C++17: objects that free themselves, and exceptions for failures. A thin header over ashore.h.
 #ifndef ASHORE_HPP
 #define ASHORE_HPP
 #include <ashore.h>
@@ -13,17 +13,17 @@
 
 namespace ashore {
 
-// A failure: what() is its text.
+// A failure. what() returns its text.
 struct error : std::runtime_error {
   explicit error(const ashore_error &e)
       : std::runtime_error(e.text), kind(e.kind), rank(e.rank), step(e.step), tensor(e.tensor ? e.tensor : ""),
         path(e.path ? e.path : "") {}
   int32_t kind, rank; // `kind` is an ashore_status
   int64_t step;
-  std::string tensor, path; // empty where there is none
+  std::string tensor, path; // empty if there is none
 };
 
-// Throws the failure of a call; returns whether it was not ASHORE_SKIPPED.
+// Throws the failure of a call. Returns false for ASHORE_SKIPPED, otherwise true.
 inline bool check(int32_t status) {
   if (status != ASHORE_OK && status != ASHORE_SKIPPED) throw error(*ashore_last_error());
   return status == ASHORE_OK;
@@ -39,10 +39,10 @@ constexpr int32_t dtype_of() {
   return std::is_same_v<T, bool> ? ASHORE_BOOL : all[first + std::is_signed_v<T>];
 }
 
-// Named tensors, and values as JSON texts: what is saved, and what is restored into.
+// Named tensors, and values as JSON texts, to save and to restore into.
 class state {
 public:
-  // Elements of `data`, packed. `keep` is held until nothing reads the memory of a save any more.
+  // Adds a tensor with the packed elements of `data`. `keep` is held until no save reads the memory any more.
   template <class T>
   state &tensor(const std::string &name, T *data, std::vector<int64_t> shape, std::shared_ptr<const void> keep = {}) {
     ashore_tensor t{};
@@ -52,7 +52,7 @@ public:
     return tensor(t, std::move(keep));
   }
 
-  // Any tensor. Its name, shape, strides and box are copied; its `release` and `context` are those of `keep`.
+  // Adds any tensor. Copies its name, shape, strides and box; `keep` replaces its `release` and `context`.
   state &tensor(const ashore_tensor &given, std::shared_ptr<const void> keep = {}) {
     auto &e = entries.emplace_back();
     ashore_tensor t = given;
@@ -65,9 +65,9 @@ public:
     return *this;
   }
   state &value(std::string name, std::string json) { return named(values, std::move(name), std::move(json)); }
-  // Another name of a tensor, for weights that are tied: the bytes are saved once.
+  // Adds another name of a tensor, for tied weights: the bytes are saved once.
   state &alias(std::string name, std::string holder) { return named(aliases, std::move(name), std::move(holder)); }
-  state() = default; // it points into itself
+  state() = default; // not movable, because it points into itself
   state(state &&) = delete;
 
 private:
@@ -84,7 +84,7 @@ private:
     std::vector<int64_t> lists[4];
     std::shared_ptr<const void> keep;
   };
-  std::deque<entry> entries; // a deque, so that what the others point to stays
+  std::deque<entry> entries; // a deque, so that pointers into it stay valid
   std::deque<std::pair<std::string, std::string>> texts;
   std::vector<ashore_tensor> tensors;
   std::vector<ashore_value> values;
@@ -95,16 +95,16 @@ struct freed {
   void operator()(T *handle) const { free(handle); }
 };
 
-// A save under way or ended. Without it the save goes on.
+// A save that is under way or has ended. The save goes on when this object is destroyed.
 class save {
 public:
   save() = default;
-  // Whether it became durable; false: it was skipped.
+  // Returns true if the save became durable, and false if it was skipped.
   bool wait(double seconds, ashore_committed *cost = nullptr) {
     if (cost) cost->size = sizeof *cost;
     return check(ashore_save_wait(handle.get(), seconds, cost));
   }
-  // Returns when the step is durable in the tier of this name, too.
+  // Returns when the step is also durable in the tier of this name.
   void durable_in(const char *tier, double seconds) { check(ashore_save_durable_in(handle.get(), tier, seconds)); }
   void staged(double seconds) { check(ashore_save_staged(handle.get(), seconds)); }
   void cancel() { check(ashore_save_cancel(handle.get())); }
@@ -136,7 +136,7 @@ public:
   }
   int64_t step() const { return ashore_checkpoint_step(handle.get()); }
   void restore(const state &to) { check(ashore_restore(handle.get(), to.tensors.data(), to.tensors.size())); }
-  // The JSON text of a value; without a name, of the checkpoint.
+  // Returns the JSON text of a value, or, without a name, of the checkpoint.
   std::string json(const char *name = nullptr) const {
     char *text = nullptr;
     check(ashore_checkpoint_json(handle.get(), name, &text));
@@ -172,14 +172,14 @@ public:
     check(ashore_save_begin(handle.get(), step, tensors.data(), tensors.size(), &options, &begun));
     return ashore::save(begun);
   }
-  // The tensors may be written after it: in the streams `in` on the GPU, by the host without any.
+  // Afterwards the program may write the tensors: in the streams `in` on the GPU; without any, on the host.
   void fence(const std::vector<ashore_stream> &in = {}) { check(ashore_fence(handle.get(), in.data(), in.size())); }
   std::optional<checkpoint> latest() {
     ashore_checkpoint *newest = nullptr;
     check(ashore_latest(handle.get(), &newest));
     return newest ? std::optional(checkpoint(newest)) : std::nullopt;
   }
-  // The newest step whose bytes are all as written; `skipped` becomes the JSON text of newer, damaged ones.
+  // The newest step whose bytes are all as written; `skipped` gets the JSON text of newer, damaged steps.
   std::optional<checkpoint> latest_valid(std::string *skipped = nullptr) {
     ashore_checkpoint *newest = nullptr;
     char *text = nullptr;
@@ -187,8 +187,8 @@ public:
     if (skipped) *skipped = checkpoint::owned(text);
     return newest ? std::optional(checkpoint(newest)) : std::nullopt;
   }
-  // Waits for the saves under way, and throws the first failure that no call has returned. Without it the
-  // destructor waits five minutes, and failures are only logged.
+  // Waits for the saves under way, and throws the first failure that no call has returned. Without a call of
+  // close(), the destructor waits five minutes, and failures are only logged.
   void close(double seconds) { check(ashore_close(handle.release(), seconds)); }
 
 private:

@@ -1,10 +1,10 @@
-//! Calls of the program's functions.
+//! Calls the program's functions.
 //!
 //! # Safety argument
-//! The program promises that its functions may be called from any thread with the context that it gave. A
-//! function of C++ may throw. Its type says so (`C-unwind`), and each call is made from an `extern "C"`
-//! function here, which aborts the process when something unwinds through it: an exception never reaches a
-//! frame of Rust, whose locks and state it would leave behind.
+//! The program promises that any thread may call its functions with the context that it gave. A C++ function
+//! may throw. Its type says so (`C-unwind`), and an `extern "C"` function in this file makes each call and
+//! aborts the process when something unwinds through it. So an exception never reaches a Rust frame, whose
+//! locks and state it would leave behind.
 #![expect(unsafe_code, reason = "calls of the program's functions; argument above")]
 
 use std::ffi::{c_char, c_void};
@@ -14,11 +14,11 @@ pub type Done = unsafe extern "C-unwind" fn(*mut c_void, i32, *const c_char);
 pub type Gather = unsafe extern "C-unwind" fn(*mut c_void, *const c_void, usize, *mut c_void, f64) -> i32;
 pub type Log = unsafe extern "C-unwind" fn(*mut c_void, i32, *const c_char);
 
-/// The program's context of a callback, which any thread may pass on.
+/// The program's context for a callback, which any thread may pass on.
 #[derive(Clone, Copy)]
 pub struct Context(pub *mut c_void);
 
-// SAFETY: it is only passed on, and the program promises that any thread may do so.
+// SAFETY: the pointer is only passed on, and the program promises that any thread may do so.
 unsafe impl Send for Context {}
 // SAFETY: as above.
 unsafe impl Sync for Context {}
@@ -36,19 +36,19 @@ impl Drop for Released {
 /// # Safety
 /// The program's function, with its context.
 unsafe extern "C" fn release(function: Release, context: *mut c_void) {
-    // SAFETY: passed on.
+    // SAFETY: the caller guarantees this.
     unsafe { function(context) }
 }
 
 /// # Safety
 /// The program's function, with its context.
 pub unsafe extern "C" fn done(function: Done, context: *mut c_void, kind: i32, error: *const c_char) {
-    // SAFETY: passed on.
+    // SAFETY: the caller guarantees this.
     unsafe { function(context, kind, error) }
 }
 
 /// # Safety
-/// The program's function, with its context; `all` has space for `bytes` bytes of each rank.
+/// The program's function, with its context. `all` has space for `bytes` bytes from each rank.
 pub unsafe extern "C" fn gather(
     function: Gather,
     context: *mut c_void,
@@ -57,13 +57,13 @@ pub unsafe extern "C" fn gather(
     all: *mut c_void,
     seconds: f64,
 ) -> i32 {
-    // SAFETY: passed on.
+    // SAFETY: the caller guarantees this.
     unsafe { function(context, mine, bytes, all, seconds) }
 }
 
 /// # Safety
 /// The program's function, with its context.
 pub unsafe extern "C" fn log(function: Log, context: *mut c_void, level: i32, text: *const c_char) {
-    // SAFETY: passed on.
+    // SAFETY: the caller guarantees this.
     unsafe { function(context, level, text) }
 }

@@ -1,7 +1,7 @@
-//! Checkpoints: opening and reading them.
+//! Opens and reads checkpoints.
 //!
 //! # Safety argument
-//! That of the crate. A text that is freed was made here by `CString::into_raw`.
+//! The safety argument of the crate applies. A text that is freed was made here by `CString::into_raw`.
 #![expect(unsafe_code, reason = "exported names, and the program's pointers; argument above")]
 
 use crate::failure::{Result, run, text};
@@ -15,23 +15,23 @@ use serde_json::{Map, Value, json};
 use std::ffi::{CString, c_char};
 use std::ptr;
 
-/// Opens the step in the directory `path`. Needs no executor.
-// SAFETY: the name begins with that of this library.
+/// Opens the step in the directory `path`. No executor is needed.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_checkpoint_open(path: *const c_char, checkpoint: *mut *mut ashore_checkpoint) -> i32 {
     run(|| {
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         let checkpoint = unsafe { given::result("checkpoint", checkpoint)? };
         *checkpoint = ptr::null_mut();
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         let opened = Checkpoint::open(unsafe { given::text("path", path)? })?;
         *checkpoint = handles::give(Opened { checkpoint: opened, lent: false }, 0);
         Ok(ASHORE_OK)
     })
 }
 
-/// Returns the step of a checkpoint; -1: a bad handle.
-// SAFETY: the name begins with that of this library.
+/// Returns the step of a checkpoint, or -1 for an invalid handle.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_checkpoint_step(checkpoint: *mut ashore_checkpoint) -> i64 {
     let mut step = -1;
@@ -42,12 +42,12 @@ pub unsafe extern "C" fn ashore_checkpoint_step(checkpoint: *mut ashore_checkpoi
     step
 }
 
-/// Fills the memory of `count` targets, in parallel, and compares every byte with its digest. A target with
-/// `offset` takes the box of `shape` there; others take the whole tensor. Dtype and shape must be those that
-/// were saved: nothing is converted. Nothing is written unless every target fits. Packed targets that overlap
-/// are refused; what overlaps by its strides is undefined. After a failure to read, the content of targets
-/// is.
-// SAFETY: the name begins with that of this library.
+/// Fills the memory of `count` targets in parallel, and compares every byte with its digest. A target with
+/// `offset` gets the box of `shape` at that offset; other targets get the whole tensor. Dtype and shape must
+/// match the saved ones: nothing is converted. Nothing is written unless every target fits. Packed targets
+/// that overlap are refused. The result is undefined for targets that overlap because of their strides. After
+/// a failure to read, the content of the targets is undefined.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_restore(
     checkpoint: *mut ashore_checkpoint,
@@ -56,9 +56,9 @@ pub unsafe extern "C" fn ashore_restore(
 ) -> i32 {
     run(|| {
         let checkpoint = handles::find(checkpoint)?;
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         let targets = unsafe { given::array("targets", targets, count)? };
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         unsafe {
             match targets.iter().find(|target| target.on_device != 0) {
                 Some(first) if !checkpoint.lent => {
@@ -72,12 +72,12 @@ pub unsafe extern "C" fn ashore_restore(
     })
 }
 
-/// Makes the JSON text of the value `name`, or, for a null name, of the checkpoint: {"step": 7, "attempt":
+/// Makes the JSON text of the value `name`, or, if `name` is null, of the checkpoint: {"step": 7, "attempt":
 /// "...", "path": "...", "ranks": 1, "tensors": [{"name": "w", "dtype": "F32", "shape": [2, 3], "bytes": 24},
-/// ...], "values": {...}, "metadata": {...}}. Values that another language has saved and JSON does not have,
-/// such as NaN or a tuple, come with the tags of docs/format.md: {"$f64": "7ff8000000000000"}. Freed by
-/// ashore_text_free. `json` is null after a failure.
-// SAFETY: the name begins with that of this library.
+/// ...], "values": {...}, "metadata": {...}}. Values that another language has saved and that JSON cannot
+/// express, such as NaN or a tuple, have the tags of docs/format.md: {"$f64": "7ff8000000000000"}. Free the
+/// text with ashore_text_free. `json` is null after a failure.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_checkpoint_json(
     checkpoint: *mut ashore_checkpoint,
@@ -85,14 +85,14 @@ pub unsafe extern "C" fn ashore_checkpoint_json(
     json: *mut *mut c_char,
 ) -> i32 {
     run(|| {
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         let json = unsafe { given::result("json", json)? };
         *json = ptr::null_mut();
         let checkpoint = handles::find(checkpoint)?;
         let found = if name.is_null() {
             listed(&checkpoint)?
         } else {
-            // SAFETY: the argument of the crate.
+            // SAFETY: see the safety argument of the crate.
             let name = unsafe { given::text("name", name)? };
             exact(&checkpoint.value(name)?, checkpoint.value(name))?
         };
@@ -101,8 +101,9 @@ pub unsafe extern "C" fn ashore_checkpoint_json(
     })
 }
 
-/// Makes the JSON text of the value `name` that the rank `rank` kept for itself. Freed by ashore_text_free.
-// SAFETY: the name begins with that of this library.
+/// Makes the JSON text of the value `name` that the rank `rank` saved for itself. Free the text with
+/// ashore_text_free.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_checkpoint_rank_json(
     checkpoint: *mut ashore_checkpoint,
@@ -111,10 +112,10 @@ pub unsafe extern "C" fn ashore_checkpoint_rank_json(
     json: *mut *mut c_char,
 ) -> i32 {
     run(|| {
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         let json = unsafe { given::result("json", json)? };
         *json = ptr::null_mut();
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         let name = unsafe { given::text("name", name)? };
         let checkpoint = handles::find(checkpoint)?;
         let found = exact(&checkpoint.rank_value(rank, name)?, checkpoint.rank_value(rank, name))?;
@@ -123,7 +124,7 @@ pub unsafe extern "C" fn ashore_checkpoint_rank_json(
     })
 }
 
-/// A value as plain JSON; where it is of a kind that JSON does not have, in the form that the step has.
+/// Returns a value as plain JSON. A value of a kind that JSON lacks has the form in which the step stores it.
 fn exact(kinds: &ashore_core::Value, plain: ashore_core::Result<Value>) -> Result<Value> {
     let stored = encode_value(kinds)?;
     Ok(plain.ok().filter(|plain| encode_value(plain).is_ok_and(|again| again == stored)).unwrap_or(stored))
@@ -152,8 +153,8 @@ fn listed(checkpoint: &Checkpoint) -> Result<Value> {
     }))
 }
 
-/// Frees a text that a function has made; null is nothing to do.
-// SAFETY: the name begins with that of this library.
+/// Frees a text that a function has made. Does nothing for null.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_text_free(text: *mut c_char) {
     if !text.is_null() {
@@ -162,8 +163,8 @@ pub unsafe extern "C" fn ashore_text_free(text: *mut c_char) {
     }
 }
 
-/// Frees the handle of a checkpoint. A handle that is null or no handle is left alone.
-// SAFETY: the name begins with that of this library.
+/// Frees the handle of a checkpoint. Does nothing for null or an invalid handle.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_checkpoint_free(checkpoint: *mut ashore_checkpoint) {
     handles::free(checkpoint);

@@ -1,7 +1,7 @@
-//! Executors: opening and closing, fences, what they say of themselves.
+//! Opens and closes executors, calls fences, and reports on executors.
 //!
 //! # Safety argument
-//! That of the crate.
+//! The safety argument of the crate applies.
 #![expect(unsafe_code, reason = "exported names, and the program's pointers; argument above")]
 
 use crate::failure::{Failed, Result, run, text};
@@ -17,14 +17,14 @@ use serde_json::{Value, json};
 use std::ffi::c_char;
 use std::ptr;
 
-/// Opens an executor over the directory `root`, which is created if it is missing; dead attempts of earlier
-/// processes are swept. `settings` is a JSON object of the members of `Settings` in the Rust library, with
-/// times in seconds, such as {"arena": 268435456, "keep_last": 3, "save_timeout": 600}; null is {}. Its
-/// member `tiers` has the roots behind this one, nearest first: [{"root": "s3://bucket/run", "name": "store",
-/// "keep_last": 20}], to which durable steps are copied. `ranks` is null for one rank; it is read within the
-/// call. `executor` is null after a failure. Fails with ASHORE_INVALID where a launcher has started several
-/// ranks and `ranks` is null.
-// SAFETY: the name begins with that of this library.
+/// Opens an executor over the directory `root`, creates the directory if it is missing, and sweeps dead
+/// attempts of earlier processes. `settings` is a JSON object of the members of `Settings` in the Rust
+/// library, with times in seconds, such as {"arena": 268435456, "keep_last": 3, "save_timeout": 600}; null is
+/// {}. Its member `tiers` lists the roots behind this one, nearest first, to which durable steps are copied:
+/// [{"root": "s3://bucket/run", "name": "store", "keep_last": 20}]. `ranks` is null for one rank, and is read
+/// only within the call. `executor` is null after a failure. Fails with ASHORE_INVALID if a launcher has
+/// started several ranks and `ranks` is null.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_open(
     root: *const c_char,
@@ -34,22 +34,22 @@ pub unsafe extern "C" fn ashore_open(
 ) -> i32 {
     run(|| {
         log::listen();
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         let ranks = unsafe { ranks.as_ref() };
         let released = ranks.and_then(ashore_ranks::released);
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         let executor = unsafe { given::result("executor", executor)? };
         *executor = ptr::null_mut();
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         let root = unsafe { given::text("root", root)? };
         let mut builder = CheckpointExecutor::builder(root);
         if !settings.is_null() {
-            // SAFETY: the argument of the crate.
+            // SAFETY: see the safety argument of the crate.
             let (settings, tiers) = parsed(unsafe { given::text("settings", settings)? })?;
             builder = tiers.into_iter().fold(builder.settings(settings), Builder::tier);
         }
         if let Some(ranks) = ranks {
-            // SAFETY: the argument of the crate.
+            // SAFETY: see the safety argument of the crate.
             builder = unsafe { ranks.of(builder, released)? };
         }
         *executor = handles::give::<ashore_executor>(builder.build()?, 0);
@@ -57,7 +57,7 @@ pub unsafe extern "C" fn ashore_open(
     })
 }
 
-/// Settings from their JSON text, and the tiers among them.
+/// Parses settings from their JSON text, and separates the tiers from them.
 fn parsed(text: &str) -> Result<(Settings, Vec<Tier>)> {
     const TIMES: [&str; 4] = ["abandoned_after", "save_timeout", "fence_timeout", "shutdown_timeout"];
     let mut settings = given::json("argument", "settings", text)?;
@@ -78,18 +78,19 @@ fn parsed(text: &str) -> Result<(Settings, Vec<Tier>)> {
     Ok((settings, tiers))
 }
 
-/// Accepts no more saves, waits at most `seconds` for those under way, and ends the threads. Afterwards the
-/// handle is free, also when it fails; that of null is nothing to do. Returns the first error of a save that
-/// no call has returned, and ASHORE_DEADLINE if saves had not ended: they have failed. Handles of its saves
-/// and checkpoints stay valid; how many there are is logged. Checkpoints can still be read.
-// SAFETY: the name begins with that of this library.
+/// Accepts no more saves, waits at most `seconds` for the saves under way, and ends the threads. Afterwards
+/// the handle is free, even if the call fails. Does nothing for null. Returns the first error of a save that
+/// no call has returned, or ASHORE_DEADLINE if saves had not ended: these saves have failed. Handles of the
+/// executor's saves and checkpoints stay valid, and checkpoints can still be read. The number of such handles
+/// is logged.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_close(executor: *mut ashore_executor, seconds: f64) -> i32 {
     run(|| {
         if executor.is_null() {
             return Ok(ASHORE_OK);
         }
-        // The handle is free whatever is wrong with the time.
+        // Free the handle even if `seconds` is invalid.
         let taken = handles::take(executor)?;
         let ended = given::seconds(seconds).and_then(|time| Ok(taken.shutdown(time)?));
         let (saves, checkpoints) = handles::alive(handles::number(executor));
@@ -101,11 +102,11 @@ pub unsafe extern "C" fn ashore_close(executor: *mut ashore_executor, seconds: f
     })
 }
 
-/// Returns when nothing will read the tensors of all saves so far any more: then they may be written. With
-/// `count` streams it makes these wait on the GPU instead, and returns as soon as that is queued: tensors of
-/// a GPU may then be written in these streams, tensors of the host at once. Takes some nanoseconds if no save
-/// is reading.
-// SAFETY: the name begins with that of this library.
+/// Returns when nothing will read the tensors of all saves so far any more: then the program may write them.
+/// With `count` streams, the call makes these streams wait on the GPU instead, and returns as soon as that
+/// wait is queued: then the program may write GPU tensors in these streams, and host tensors at once. Takes
+/// some nanoseconds if no save is reading.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_fence(
     executor: *mut ashore_executor,
@@ -114,7 +115,7 @@ pub unsafe extern "C" fn ashore_fence(
 ) -> i32 {
     run(|| {
         let executor = handles::find(executor)?;
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         let on = unsafe { given::array("streams", streams, count)? };
         if on.is_empty() {
             executor.fence()?
@@ -125,13 +126,13 @@ pub unsafe extern "C" fn ashore_fence(
     })
 }
 
-/// Opens the newest durable step under the root. `checkpoint` is null, and the status ASHORE_OK, if there is
-/// none.
-// SAFETY: the name begins with that of this library.
+/// Opens the newest durable step under the root. If there is none, `checkpoint` is null and the status
+/// ASHORE_OK.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_latest(executor: *mut ashore_executor, checkpoint: *mut *mut ashore_checkpoint) -> i32 {
     run(|| {
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         let checkpoint = unsafe { given::result("checkpoint", checkpoint)? };
         *checkpoint = ptr::null_mut();
         if let Some(newest) = handles::find(executor)?.latest()? {
@@ -141,12 +142,13 @@ pub unsafe extern "C" fn ashore_latest(executor: *mut ashore_executor, checkpoin
     })
 }
 
-/// Opens the newest step whose bytes are all as written, and passes over damaged ones and those marked bad:
-/// reads the steps whole that it examines. `skipped` may be null, or takes the JSON text of the newer steps,
-/// newest first: [{"step": 8, "path": "...", "kind": 7, "text": "..."}, ...] with an `ashore_status`. Freed
-/// by ashore_text_free. Both are null after a failure; if there is no step, `checkpoint` is null and the
-/// status ASHORE_OK. Where there are steps and none is sound, it fails with the damage of the newest.
-// SAFETY: the name begins with that of this library.
+/// Opens the newest step whose bytes are all as written. Skips damaged steps and steps marked bad. Reads each
+/// examined step completely. `skipped` may be null; otherwise it receives the JSON text of the newer steps,
+/// newest first: [{"step": 8, "path": "...", "kind": 7, "text": "..."}, ...], where `kind` is an
+/// `ashore_status`. Free the text with ashore_text_free. Both results are null after a failure. If there is
+/// no step, `checkpoint` is null and the status ASHORE_OK. If there are steps and none is sound, the call
+/// fails with the damage of the newest.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_latest_valid(
     executor: *mut ashore_executor,
@@ -154,7 +156,7 @@ pub unsafe extern "C" fn ashore_latest_valid(
     skipped: *mut *mut c_char,
 ) -> i32 {
     run(|| {
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         let (checkpoint, mut skipped) = unsafe { (given::result("checkpoint", checkpoint)?, skipped.as_mut()) };
         *checkpoint = ptr::null_mut();
         if let Some(skipped) = &mut skipped {
@@ -181,8 +183,8 @@ fn problem(problem: &Problem) -> Value {
     })
 }
 
-/// Opens a step under the root: ASHORE_NOT_FOUND if it is not there.
-// SAFETY: the name begins with that of this library.
+/// Opens a step under the root. Fails with ASHORE_NOT_FOUND if the step does not exist.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_step(
     executor: *mut ashore_executor,
@@ -190,7 +192,7 @@ pub unsafe extern "C" fn ashore_step(
     checkpoint: *mut *mut ashore_checkpoint,
 ) -> i32 {
     run(|| {
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         let checkpoint = unsafe { given::result("checkpoint", checkpoint)? };
         *checkpoint = ptr::null_mut();
         let opened = Opened { checkpoint: handles::find(executor)?.checkpoint(step)?, lent: true };
@@ -199,13 +201,13 @@ pub unsafe extern "C" fn ashore_step(
     })
 }
 
-/// Makes a JSON object of what an executor has found on this machine: its device and why it was chosen, its
-/// arena, how it writes. Freed by ashore_text_free.
-// SAFETY: the name begins with that of this library.
+/// Makes a JSON object that describes an executor on this machine: its device and why it was chosen, its
+/// arena, how it writes. Free the text with ashore_text_free.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_report(executor: *mut ashore_executor, json: *mut *mut c_char) -> i32 {
     run(|| {
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         let json = unsafe { given::result("json", json)? };
         *json = ptr::null_mut();
         let executor = handles::find(executor)?;
@@ -214,7 +216,7 @@ pub unsafe extern "C" fn ashore_report(executor: *mut ashore_executor, json: *mu
     })
 }
 
-/// What was found, or the reason why it was not.
+/// Returns what was found, or the reason why it was not found.
 fn or_why(found: std::result::Result<impl Into<Value>, String>) -> Value {
     found.map_or_else(Value::from, Into::into)
 }

@@ -1,8 +1,8 @@
-//! The last failure of each thread, and the frame that every function runs its body in.
+//! Keeps the last failure of each thread, and runs the body of every function.
 //!
 //! # Safety argument
-//! That of the crate. `ashore_last_error` returns memory of the thread that calls it, which stays until that
-//! thread fails again, or ends.
+//! The safety argument of the crate applies. `ashore_last_error` returns memory of the calling thread, which
+//! stays valid until that thread fails again or ends.
 #![expect(unsafe_code, reason = "an exported name; argument above")]
 
 use crate::status::ashore_status;
@@ -13,12 +13,12 @@ use std::ffi::{CString, c_char};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 
-/// A failure of a call. `text` is never null; the others are null, or -1, where the failure has none.
+/// A failure of a call. `text` is never null. The other members are null, or -1, if the failure has none.
 #[repr(C)]
 pub struct ashore_error {
     /// An `ashore_status`.
     pub kind: i32,
-    /// The rank on which it happened.
+    /// The rank on which the failure happened.
     pub rank: i32,
     /// The step that was being saved or restored.
     pub step: i64,
@@ -31,9 +31,9 @@ pub struct ashore_error {
 }
 
 /// Returns the last failure in this thread, never null. It is valid until the next failure in this thread;
-/// success and the *_free functions leave it alone. Call it in a statement of its own: C may evaluate the
-/// arguments of a call from the right, and would read it before the call that fails.
-// SAFETY: the name begins with that of this library.
+/// success and the *_free functions do not change it. Call this function in a statement of its own: C may
+/// evaluate the arguments of a call from the right, and would read the failure before the call that fails.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub extern "C" fn ashore_last_error() -> *const ashore_error {
     LAST.try_with(|last| &raw const last.borrow().told).unwrap_or(&raw const ENDED.0)
@@ -45,10 +45,10 @@ struct Last {
     _texts: [Option<CString>; 3],
 }
 
-/// What is returned where the thread's own is gone already, because the thread is ending.
+/// Returned when the thread's own failure is destroyed already, because the thread is ending.
 struct Ended(ashore_error);
 
-// SAFETY: its texts are constants, and nothing changes it.
+// SAFETY: the texts are constants, and nothing changes the struct.
 unsafe impl Sync for Ended {}
 
 static ENDED: Ended = Ended(NOTHING);
@@ -66,7 +66,7 @@ thread_local! {
     static LAST: RefCell<Last> = const { RefCell::new(Last { told: NOTHING, _texts: [None, None, None] }) };
 }
 
-/// An error of the library, and the tensor that it is about.
+/// An error of the library, and the tensor that the error concerns.
 #[derive(Debug)]
 pub struct Failed {
     error: Error,
@@ -76,7 +76,7 @@ pub struct Failed {
 pub type Result<T> = std::result::Result<T, Failed>;
 
 impl Failed {
-    /// A wrong request.
+    /// Makes the error of a wrong request.
     pub fn invalid(text: impl Into<String>) -> Self {
         Error::new(ErrorKind::Invalid, text).into()
     }
@@ -87,7 +87,7 @@ impl Failed {
         Self { error, ..self }
     }
 
-    /// Adds the tensor, unless one is known.
+    /// Adds the tensor, unless a tensor is known already.
     pub fn of_tensor(mut self, name: &str) -> Self {
         self.tensor.get_or_insert_with(|| name.to_owned());
         self
@@ -101,27 +101,27 @@ impl From<Error> for Failed {
     }
 }
 
-/// The tensor that a message names, as the messages of the library do: `tensor="weights"`.
+/// Finds the tensor name in a message, as the library's messages write it: `tensor="weights"`.
 fn named(message: &str) -> Option<String> {
     let (_, rest) = message.split_once("tensor=\"")?;
     let (mut name, mut letters) = (String::new(), rest.chars());
     loop {
         match letters.next()? {
             '"' => return Some(name),
-            // Names with letters that are escaped otherwise are left to the text.
+            // Names with other escaped letters appear only in the text.
             '\\' => name.push(letters.next().filter(|letter| matches!(letter, '"' | '\\' | '\''))?),
             letter => name.push(letter),
         }
     }
 }
 
-/// A text for C. It cannot hold a zero byte.
+/// Makes a text for C. Zero bytes are replaced, because the text cannot contain them.
 pub fn text(text: &str) -> CString {
     CString::new(text.replace('\0', "\u{fffd}")).unwrap_or_default()
 }
 
-/// Runs the body of a function: its status, or the status of its error, which becomes the thread's last one.
-/// A panic does not leave it.
+/// Runs the body of a function. Returns its status, or the status of its error, which becomes the thread's
+/// last error. A panic does not leave this function.
 pub fn run(body: impl FnOnce() -> Result<ashore_status>) -> i32 {
     let failed = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(status)) => return status as i32,
@@ -139,7 +139,7 @@ pub fn run(body: impl FnOnce() -> Result<ashore_status>) -> i32 {
     ];
     let at = texts.each_ref().map(|text| text.as_ref().map_or(ptr::null(), |text| text.as_ptr()));
     let told = ashore_error { kind, rank, step, text: at[0], tensor: at[1], path: at[2] };
-    // A thread that is ending has no last error any more; it still gets the status.
+    // A thread that is ending can no longer store a last error. It still gets the status.
     let _ = LAST.try_with(|last| *last.borrow_mut() = Last { told, _texts: texts });
     kind
 }
@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn a_panic_becomes_an_internal_error_with_its_text() {
         assert_eq!(run(|| panic!("at the disco")), ashore_status::ASHORE_INTERNAL as i32);
-        // SAFETY: never null, and of this thread.
+        // SAFETY: the pointer is never null, and belongs to this thread.
         let text = unsafe { std::ffi::CStr::from_ptr((*ashore_last_error()).text) };
         assert_eq!(text.to_str().unwrap(), "a panic in the library: at the disco");
     }

@@ -1,7 +1,7 @@
-//! What the program gives: texts, arrays, structs that say their size, seconds, JSON.
+//! Reads the program's arguments: texts, arrays, structs that contain their size, seconds, JSON.
 //!
 //! # Safety argument
-//! That of the crate.
+//! The safety argument of the crate applies.
 #![expect(unsafe_code, reason = "reads the program's pointers; argument above")]
 
 use crate::failure::{Failed, Result};
@@ -12,12 +12,12 @@ use std::time::Duration;
 /// Reads a text of the program.
 ///
 /// # Safety
-/// Null, or ends with a zero byte and stays for `'a`.
+/// `at` is null, or points to a text that ends with a zero byte and stays valid for `'a`.
 pub unsafe fn text<'a>(what: &str, at: *const c_char) -> Result<&'a str> {
     if at.is_null() {
         return Err(Failed::invalid(format!("a text is null text={what}")));
     }
-    // SAFETY: passed on.
+    // SAFETY: the caller guarantees this.
     let bytes = unsafe { CStr::from_ptr(at) };
     bytes.to_str().map_err(|_| Failed::invalid(format!("a text is not utf-8 text={what} found={bytes:?}")))
 }
@@ -25,37 +25,38 @@ pub unsafe fn text<'a>(what: &str, at: *const c_char) -> Result<&'a str> {
 /// Reads an array of the program.
 ///
 /// # Safety
-/// Null, or holds `count` elements for `'a`.
+/// `at` is null, or points to `count` elements that stay valid for `'a`.
 pub unsafe fn array<'a, T>(what: &str, at: *const T, count: usize) -> Result<&'a [T]> {
     match (count, at.is_null()) {
         (0, _) => Ok(&[]),
         (_, true) => Err(Failed::invalid(format!("an array is null array={what} count={count}"))),
-        // SAFETY: passed on.
+        // SAFETY: the caller guarantees this.
         _ => Ok(unsafe { std::slice::from_raw_parts(at, count) }),
     }
 }
 
-/// The place for a result.
+/// Returns the place for a result.
 ///
 /// # Safety
-/// Null, or has space for a `T` for `'a`.
+/// `at` is null, or points to space for a `T` that stays valid for `'a`.
 pub unsafe fn result<'a, T>(what: &str, at: *mut T) -> Result<&'a mut T> {
-    // SAFETY: passed on. The program's memory may never have been written: only types whose every pattern is
-    // a value are passed, and they are written before they are read.
+    // SAFETY: the caller guarantees this. The program's memory may never have been written: callers pass only
+    // types for which every bit pattern is a value, and write them before they read them.
     unsafe { at.as_mut() }.ok_or_else(|| Failed::invalid(format!("the place for a result is null result={what}")))
 }
 
-/// A struct that begins with its size as the program knows it: members that an older program does not have
+/// A struct that begins with its size as the program knows it. Members that an older program does not know
 /// are zero.
 ///
 /// # Safety
-/// Implemented for `repr(C)` structs whose first member is a `usize`, and whose every member may be zero.
+/// Implement this only for `repr(C)` structs whose first member is a `usize`, and whose every member may be
+/// zero.
 pub unsafe trait Sized: Default {
-    /// What messages call it.
+    /// The name of the struct in messages.
     const WHAT: &'static str;
 }
 
-/// Reads a struct that says its size.
+/// Reads a struct that contains its size.
 ///
 /// # Safety
 /// Null, or as many bytes as its first member says.
@@ -66,12 +67,12 @@ pub unsafe fn sized<T: Sized>(at: *const T) -> Result<T> {
     }
     // SAFETY: as the trait says, the first member.
     let size = checked::<T>(unsafe { at.cast::<usize>().read() })?;
-    // SAFETY: so many bytes are there, at most those of a `T`, and every pattern is a value.
+    // SAFETY: `size` bytes are there, at most the size of a `T`, and every pattern is a value.
     unsafe { std::ptr::copy_nonoverlapping(at.cast::<u8>(), (&raw mut read).cast(), size) };
     Ok(read)
 }
 
-/// Writes a struct that says its size, except its first member.
+/// Writes a struct that contains its size, except its first member.
 ///
 /// # Safety
 /// Null, or as many bytes as its first member says.
@@ -82,12 +83,12 @@ pub unsafe fn write_sized<T: Sized>(at: *mut T, value: &T) -> Result<()> {
     // SAFETY: as the trait says, the first member.
     let size = checked::<T>(unsafe { at.cast::<usize>().read() })?;
     let (from, to, skip) = ((&raw const *value).cast::<u8>(), at.cast::<u8>(), size_of::<usize>());
-    // SAFETY: so many bytes are there, at most those of a `T`.
+    // SAFETY: `size` bytes are there, at most the size of a `T`.
     unsafe { std::ptr::copy_nonoverlapping(from.add(skip), to.add(skip), size - skip) };
     Ok(())
 }
 
-/// How many bytes of a struct both sides know.
+/// Returns how many bytes of a struct both sides know.
 fn checked<T: Sized>(size: usize) -> Result<usize> {
     if size < size_of::<usize>() {
         let (what, known) = (T::WHAT, size_of::<T>());
@@ -96,7 +97,7 @@ fn checked<T: Sized>(size: usize) -> Result<usize> {
     Ok(size.min(size_of::<T>()))
 }
 
-/// A time to wait. Infinity is a hundred years.
+/// Converts a time to wait. Infinity becomes a hundred years.
 pub fn seconds(seconds: f64) -> Result<Duration> {
     const LONGEST: f64 = 100.0 * 365.0 * 24.0 * 3600.0;
     if seconds.is_nan() || seconds < 0.0 {
@@ -105,7 +106,7 @@ pub fn seconds(seconds: f64) -> Result<Duration> {
     Ok(Duration::from_secs_f64(seconds.min(LONGEST)))
 }
 
-/// Parses a JSON text, which is named in the error.
+/// Parses a JSON text. Errors name the text.
 pub fn json(what: &str, name: &str, text: &str) -> Result<Value> {
     let parsed = serde_json::from_str(text).map_err(|e| {
         let wrong = format!("not a json text {what}={name:?}");
@@ -118,14 +119,14 @@ pub fn json(what: &str, name: &str, text: &str) -> Result<Value> {
     Ok(parsed)
 }
 
-/// The first integer of a JSON text that the parser takes for a float.
+/// Returns the first integer of a JSON text that the parser would read as a float.
 fn inexact(text: &str) -> Option<&str> {
     let (mut quoted, mut escaped, mut begin) = (false, false, None);
     for (at, letter) in text.bytes().chain([b' ']).enumerate() {
         let of_number = !quoted && matches!(letter, b'0'..=b'9' | b'+' | b'-' | b'.' | b'e' | b'E');
         if let (Some(from), false) = (begin, of_number) {
             let number = &text[from..at];
-            // The letters of `true` and `false` that are those of a number, too, are no integer either.
+            // The letters of `true` and `false` that can occur in a number do not make an integer either.
             let integer = number.ends_with(|digit: char| digit.is_ascii_digit()) && !number.contains(['.', 'e', 'E']);
             if integer && number.parse::<i64>().is_err() && number.parse::<u64>().is_err() {
                 return Some(number);

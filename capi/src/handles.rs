@@ -1,15 +1,16 @@
-//! Handles: names in a table, which look like pointers and are never followed.
+//! Handles: numbers of a table, which look like pointers and are never dereferenced.
 //!
-//! A handle is a number that was never given before, so that a freed one is found out however late it is
-//! used. The first number is drawn at random, so that another copy of the library in the same process does
-//! not know it. All numbers are odd, and no address of an object is.
+//! A handle is a number that was never given before, so a freed handle is detected however late it is used.
+//! The first number is random, so another copy of the library in the same process does not know it. All
+//! numbers are odd, and no object has an odd address.
 //!
-//! **Fork.** A thread may hold the table's lock while another one forks, and the child would wait for it for
-//! ever. So a handler takes the lock before the fork, and gives it back after it in both processes.
+//! **Fork.** A thread may hold the table's lock while another thread forks, and the child would then wait for
+//! the lock for ever. So a handler takes the lock before the fork, and releases it after the fork in both
+//! processes.
 //!
 //! # Safety argument
-//! `Held` is read and written only by the thread that holds the table's lock, which is that of its guard: the
-//! handlers run in the thread that forks, one after the other. They allocate nothing.
+//! Only the thread that holds the table's lock reads and writes `Held`, which contains the guard of that
+//! lock. The handlers run in the thread that forks, one after the other. They allocate nothing.
 #![expect(unsafe_code, reason = "pthread_atfork, and what its handlers keep; argument above")]
 
 use crate::failure::{Failed, Result};
@@ -20,33 +21,33 @@ use std::hash::{BuildHasher, RandomState};
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
-/// Saves the state of one program under one root. From `ashore_open`, until `ashore_close`.
+/// Saves the state of one program under one root. Valid from `ashore_open` until `ashore_close`.
 pub struct ashore_executor {
     _opaque: [u8; 0],
 }
 
-/// A save under way or ended. From `ashore_save_begin`, until `ashore_save_free`.
+/// A save that is under way or has ended. Valid from `ashore_save_begin` until `ashore_save_free`.
 pub struct ashore_save {
     _opaque: [u8; 0],
 }
 
-/// A step that can be read. Until `ashore_checkpoint_free`.
+/// A step that can be read. Valid until `ashore_checkpoint_free`.
 pub struct ashore_checkpoint {
     _opaque: [u8; 0],
 }
 
-/// A type of handle, and the object that it names.
+/// A type of handle, and the type of the object that it names.
 pub trait Handle: Sized {
-    /// What it names.
+    /// The object that the handle names.
     type Object;
-    /// What messages call it.
+    /// The name of the handle in messages.
     const WHAT: &'static str;
 
     fn kept(object: Arc<Self::Object>) -> Object;
     fn found(object: &Object) -> Option<&Arc<Self::Object>>;
 }
 
-/// A checkpoint, and whether it has the device of an executor.
+/// A checkpoint, and whether it uses the device of an executor.
 pub struct Opened {
     pub checkpoint: Checkpoint,
     pub lent: bool,
@@ -60,7 +61,7 @@ impl Deref for Opened {
     }
 }
 
-/// What a handle names.
+/// An object that a handle names.
 pub enum Object {
     Executor(Arc<CheckpointExecutor>),
     Save(Arc<Save>),
@@ -91,9 +92,9 @@ handles! {
 
 #[derive(Default)]
 struct Table {
-    /// The last number that was given; 0: none.
+    /// The last number that was given; 0 if none was given.
     last: u64,
-    /// Objects by number, each with the number of the executor that it came from.
+    /// Objects by number, each with the number of the executor from which it came.
     objects: BTreeMap<u64, (u64, Object)>,
 }
 
@@ -102,7 +103,7 @@ static TABLE: Mutex<Table> = Mutex::new(Table { last: 0, objects: BTreeMap::new(
 fn table() -> MutexGuard<'static, Table> {
     static WATCHED: Once = Once::new();
     WATCHED.call_once(|| {
-        // SAFETY: functions for the life of the process: the library is never unloaded.
+        // SAFETY: the functions exist for the life of the process, because the library is never unloaded.
         let code = unsafe { libc::pthread_atfork(Some(before_fork), Some(after_fork), Some(after_fork)) };
         if code != 0 {
             tracing::warn!(code, "forks cannot be watched: a forked child must not use the library");
@@ -111,7 +112,7 @@ fn table() -> MutexGuard<'static, Table> {
     TABLE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The lock, from the handler before a fork to that behind it.
+/// The lock's guard, from the handler before a fork to the handler after it.
 struct Held(UnsafeCell<Option<MutexGuard<'static, Table>>>);
 
 // SAFETY: only the thread that holds the lock uses it.
@@ -126,33 +127,34 @@ extern "C" fn before_fork() {
 }
 
 extern "C" fn after_fork() {
-    // SAFETY: this thread took the lock, or is the copy of the thread that did, and gives it back now.
+    // SAFETY: this thread took the lock, or is the copy of the thread that took it.
     drop(unsafe { (*HELD.0.get()).take() });
 }
 
-/// Puts an object into the table. `owner` is the number of its executor, 0 for none.
+/// Puts an object into the table. `owner` is the number of its executor, or 0 for none.
 pub fn give<H: Handle>(object: H::Object, owner: u64) -> *mut H {
     let object = H::kept(Arc::new(object));
     let mut table = table();
     if table.last == 0 {
         table.last = RandomState::new().hash_one(0_u64) | 1;
     }
-    // Odd, never 0, and not given again before 2^63 others.
+    // The number is odd, never 0, and not given again before 2^63 others.
     table.last = table.last.wrapping_add(2);
     let number = table.last;
     table.objects.insert(number, (owner, object));
     std::ptr::without_provenance_mut(number as usize)
 }
 
-/// The number of a handle.
+/// Returns the number of a handle.
 pub fn number<H: Handle>(handle: *mut H) -> u64 {
     handle.addr() as u64
 }
 
-/// Finds the object that a handle names. It stays while the caller uses it, even if it is freed meanwhile.
+/// Finds the object that a handle names. The object stays while the caller uses it, even if another thread
+/// frees the handle meanwhile.
 ///
 /// # Errors
-/// `Invalid` for null, and for what is not in the table, or of another type.
+/// `Invalid` for null, and for a handle that is not in the table or of another type.
 pub fn find<H: Handle>(handle: *mut H) -> Result<Arc<H::Object>> {
     let there = table().objects.get(&number(handle)).and_then(|(_, object)| H::found(object)).cloned();
     there.ok_or_else(|| unknown(handle))
@@ -180,7 +182,7 @@ pub fn take<H: Handle>(handle: *mut H) -> Result<Arc<H::Object>> {
     taken.and_then(|(_, object)| H::found(&object).cloned()).ok_or_else(|| unknown(handle))
 }
 
-/// The number of handles of saves, and of checkpoints, that came from an executor and are not freed.
+/// Returns how many handles of saves and of checkpoints came from an executor and are not freed.
 pub fn alive(owner: u64) -> (usize, usize) {
     let table = table();
     let of_owner = |wanted: fn(&Object) -> bool| {
@@ -189,7 +191,8 @@ pub fn alive(owner: u64) -> (usize, usize) {
     (of_owner(|object| matches!(object, Object::Save(_))), of_owner(|object| matches!(object, Object::Checkpoint(_))))
 }
 
-/// Frees a handle, if it is one. Leaves the thread's last error alone, also when what it drops panics.
+/// Frees a handle if it is valid. Does not change the thread's last error, even if dropping the object
+/// panics.
 pub fn free<H: Handle>(handle: *mut H) {
     let taken = take(handle);
     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(taken))).is_err() {

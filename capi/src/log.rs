@@ -1,8 +1,9 @@
-//! Where the library's warnings go: to stderr, or to a function of the program.
+//! Writes the library's warnings to stderr, or passes them to a function of the program.
 //!
 //! # Safety argument
-//! That of the crate; the program's function is called as `callbacks.rs` says. A `Sink` is never freed, so
-//! that a thread may use the one that it has read, and nothing is locked that a fork could leave locked.
+//! The safety argument of the crate applies; `callbacks.rs` says how the program's function is called. A
+//! `Sink` is never freed, so a thread may use a `Sink` that it has read. Nothing is locked, so a fork cannot
+//! leave a lock held.
 #![expect(unsafe_code, reason = "calls the program's function; argument above")]
 
 use crate::callbacks::{self, Context, Log};
@@ -19,20 +20,20 @@ use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
 struct Sink {
-    /// None: stderr.
+    /// None means stderr.
     log: Option<Log>,
     context: Context,
-    /// The one before it, so that tools that look for leaks find it.
+    /// The previous sink, so that leak checkers find it.
     _earlier: AtomicPtr<Sink>,
 }
 
-/// Null: stderr.
+/// Null means stderr.
 static SINK: AtomicPtr<Sink> = AtomicPtr::new(ptr::null_mut());
 
 /// Passes errors (level 0) and warnings (level 1) of the library to `log`, instead of writing them to stderr.
-/// Any thread may call `log`, which must return soon and not call the library. Null: to stderr again. Meant
-/// to be called once: an earlier function may still be running when this returns.
-// SAFETY: the name begins with that of this library.
+/// Any thread may call `log`, which must return soon and not call the library. Null restores stderr. Call
+/// this function once: an earlier `log` may still be running when this function returns.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_log(
     log: Option<unsafe extern "C-unwind" fn(context: *mut c_void, level: i32, text: *const c_char)>,
@@ -50,7 +51,7 @@ pub unsafe extern "C" fn ashore_log(
 /// Begins to listen to the library, once.
 pub fn listen() {
     static ONCE: Once = Once::new();
-    // Fails only if this copy of the library listens already.
+    // Fails only if this copy of the library is listening already.
     ONCE.call_once(|| drop(tracing::subscriber::set_global_default(Warnings)));
 }
 
@@ -81,7 +82,7 @@ impl Subscriber for Warnings {
         }
     }
 
-    // The library has no spans that matter to a line.
+    // No span of the library affects a line.
     fn new_span(&self, _: &Attributes<'_>) -> Id {
         Id::from_u64(1)
     }
@@ -99,7 +100,7 @@ struct Line {
 
 impl Visit for Line {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        // Writing to a text does not fail.
+        // Writing to a `String` does not fail.
         let _ = match field.name() {
             "message" => write!(self.message, "{value:?}"),
             name => write!(self.fields, " {name}={value:?}"),

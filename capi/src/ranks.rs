@@ -1,7 +1,7 @@
 //! The program's own group of ranks.
 //!
 //! # Safety argument
-//! That of the crate: the program's function is called as the header says, by one thread.
+//! The safety argument of the crate applies: one thread calls the program's function, as the header says.
 #![expect(unsafe_code, reason = "calls the program's function; argument above")]
 
 use crate::callbacks::{self, Context, Gather, Released};
@@ -16,20 +16,20 @@ use std::time::Instant;
 /// The program's own group of ranks. Every rank opens an executor over the same root and begins the same
 /// saves in the same order; rank 0 decides, and its values and metadata are kept.
 ///
-/// A process that is to save alone although a launcher has started it as one of several sets `world` to 1 and
-/// leaves `all_gather` null.
+/// A process that shall save alone, although a launcher has started it as one of several, sets `world` to 1
+/// and leaves `all_gather` null.
 #[repr(C)]
 pub struct ashore_ranks {
-    /// The number of this process, from 0.
+    /// The rank of this process, from 0.
     pub rank: u32,
     /// The number of ranks.
     pub world: u32,
-    /// Its number among the ranks of its host, which chooses its GPU.
+    /// The number of this process among the ranks of its host, which chooses its GPU.
     pub local_rank: u32,
     /// Puts `bytes` bytes from each rank, in the order of ranks, into `all`. `bytes` is the same on all
-    /// ranks. Returns 0; 1 when `seconds` have passed first; or 2 for another failure, after which the group
-    /// is not used until the ranks open their executors again. One thread of the library calls it, one call
-    /// at a time, in the same order on each rank.
+    /// ranks. Returns 0; 1 if `seconds` passed first; or 2 for another failure, after which the group is not
+    /// used until the ranks open their executors again. One thread of the library makes these calls, one at a
+    /// time, in the same order on each rank.
     pub all_gather: Option<
         unsafe extern "C-unwind" fn(
             context: *mut c_void,
@@ -39,17 +39,17 @@ pub struct ashore_ranks {
             seconds: f64,
         ) -> i32,
     >,
-    /// Called once when `all_gather` will not be called any more, also after a failure of `ashore_open`; may
+    /// Called once when `all_gather` will not be called any more, also after a failure of `ashore_open`. May
     /// be null.
     pub release: Option<unsafe extern "C-unwind" fn(context: *mut c_void)>,
-    /// Passed to both.
+    /// Passed to both functions.
     pub context: *mut c_void,
-    /// The identity of the run, the same on all its ranks, which keeps the ranks of two jobs apart; null:
-    /// what the launcher gives, if it does.
+    /// The identity of the run, the same on all its ranks, which keeps the ranks of two jobs apart. Null: the
+    /// identity that the launcher gives, if it gives one.
     pub run: *const c_char,
 }
 
-/// The longest message that is taken for one: theirs are below 4.2 KiB.
+/// The longest length that is accepted as the length of a message. Messages are below 4.2 KiB.
 const LONGEST: u32 = 1 << 16;
 
 struct Group {
@@ -60,7 +60,7 @@ struct Group {
 }
 
 impl ashore_ranks {
-    /// Its callback, which is called once, when this is dropped.
+    /// Returns the callback, which is called once, when the returned object is dropped.
     pub fn released(&self) -> Option<Released> {
         self.release.map(|release| Released(release, Context(self.context)))
     }
@@ -68,7 +68,7 @@ impl ashore_ranks {
     /// Sets the builder's ranks.
     ///
     /// # Safety
-    /// That of the crate.
+    /// The safety argument of the crate applies.
     pub unsafe fn of(&self, builder: Builder, released: Option<Released>) -> Result<Builder> {
         let Self { rank, world, local_rank, all_gather, context, run, .. } = *self;
         let member = Member { rank, world, local_rank };
@@ -86,14 +86,15 @@ impl ashore_ranks {
         if run.is_null() {
             return Ok(builder);
         }
-        // SAFETY: passed on.
+        // SAFETY: the caller guarantees this.
         Ok(builder.run(unsafe { given::text("run", run)? }))
     }
 }
 
 impl Group {
-    /// The messages of all ranks. They have different lengths, and the program's function wants one: the
-    /// ranks tell each other their lengths, and then send as many bytes as the longest message has.
+    /// Returns the messages of all ranks. Messages have different lengths, but the program's function needs
+    /// one length. So the ranks first exchange their lengths, and then each sends as many bytes as the
+    /// longest message has.
     fn messages(&self, message: &[u8], deadline: Instant) -> ashore_core::Result<Vec<Vec<u8>>> {
         let mine = u32::try_from(message.len()).unwrap_or(u32::MAX).to_le_bytes();
         let lengths: Vec<usize> = self

@@ -1,7 +1,7 @@
-//! Saves: beginning them, and learning how they end.
+//! Begins saves, and reports how they end.
 //!
 //! # Safety argument
-//! That of the crate.
+//! The safety argument of the crate applies.
 #![expect(unsafe_code, reason = "exported names, and the program's pointers; argument above")]
 
 use crate::callbacks::{self, Context};
@@ -18,31 +18,31 @@ use std::ptr;
 /// A named value.
 #[repr(C)]
 pub struct ashore_value {
-    /// Its name: not empty, utf-8.
+    /// The name of the value: not empty, utf-8.
     pub name: *const c_char,
-    /// One JSON text. Integers of 64 bits and doubles are kept exactly; longer integers are refused. NaN is
-    /// not JSON, and is refused, too.
+    /// One JSON text. 64-bit integers and doubles are kept exactly. Longer integers are refused. NaN is not
+    /// JSON, and is refused, too.
     pub json: *const c_char,
 }
 
-/// Another name of a tensor of the same save, such as that of tied weights: the bytes are written once, and a
-/// restore finds them under both names. Dtype, shape and boxes are those of the holder.
+/// Another name of a tensor of the same save, such as the name of a tied weight. The bytes are written once,
+/// and a restore finds them under both names. Dtype, shape and boxes are those of the holder.
 #[repr(C)]
 pub struct ashore_alias {
-    /// Its name: not empty, utf-8, and no tensor's.
+    /// The alias: not empty, utf-8, and not the name of a tensor.
     pub name: *const c_char,
-    /// The tensor that holds the bytes, or an earlier alias of it.
+    /// The name of the tensor that holds the bytes, or of an earlier alias of that tensor.
     pub holder: *const c_char,
 }
 
 /// Puts a tensor into files of its own kind, which later steps share as long as their bytes stay the same:
-/// they are cloned or linked instead of written.
+/// later steps clone or link these files instead of writing them.
 #[repr(C)]
 pub struct ashore_group {
-    /// The tensor, or an alias of it.
+    /// The name of the tensor, or an alias of it.
     pub name: *const c_char,
-    /// Null: the tensor is frozen, and not expected to change. Otherwise the group that it changes with. Each
-    /// group has files of its own.
+    /// Null: the tensor is frozen, which means it is not expected to change. Otherwise the group with which
+    /// the tensor changes. Each group has files of its own.
     pub key: *const c_char,
 }
 
@@ -55,16 +55,16 @@ pub struct ashore_save_options {
     pub overwrite: u32,
     /// Not 0: capture every tensor within the call, for programs that cannot call a fence.
     pub at_save: u32,
-    /// The save fails if it is not durable so many seconds after the call; 0: after the setting
-    /// `save_timeout`.
+    /// The save fails if it is not durable this many seconds after the call. 0: the setting `save_timeout`
+    /// applies.
     pub deadline_seconds: f64,
-    /// Values beside the tensors: learning rates, states of random generators, positions in data.
+    /// Values in addition to the tensors: learning rates, states of random generators, positions in data.
     pub values: *const ashore_value,
-    /// Notes of the user, which no program needs to restore.
+    /// Notes of the user, which a restore does not need.
     pub metadata: *const ashore_value,
     pub value_count: usize,
     pub metadata_count: usize,
-    /// Values of this rank alone; where one process saves, the same as `values`.
+    /// Values of this rank alone. If one process saves, the same as `values`.
     pub rank_values: *const ashore_value,
     pub rank_value_count: usize,
     /// More names of tensors.
@@ -101,7 +101,7 @@ unsafe impl given::Sized for ashore_save_options {
     const WHAT: &'static str = "ashore_save_options";
 }
 
-/// What a durable save has cost. Times are seconds since its call.
+/// The cost of a durable save. Times are seconds since the call of the save.
 #[repr(C)]
 #[derive(Default)]
 pub struct ashore_committed {
@@ -109,25 +109,25 @@ pub struct ashore_committed {
     pub size: usize,
     /// Bytes of tensors.
     pub bytes: u64,
-    /// How long the call and fences have blocked their callers.
+    /// How long the call and fences blocked their callers.
     pub blocked: f64,
     /// When the last read of the program's memory ended.
     pub staged: f64,
     /// When the step became durable.
     pub durable: f64,
-    /// How long after the last byte was written: fsyncs, and the publish.
+    /// Time from the last byte written until the step was durable: fsyncs, and the publish.
     pub tail: f64,
-    /// Small tensors that were not captured within the call, because the budget was used up.
+    /// How many small tensors the call did not capture, because the budget was used up.
     pub over_budget: u64,
-    /// Chunks that a fence has copied on the GPU.
+    /// How many chunks a fence has copied on the GPU.
     pub late_chunks: u64,
-    /// Bytes of files of tensors that were written.
+    /// Bytes of tensor files that were written.
     pub written_bytes: u64,
-    /// Bytes of such files that are clones of files of an older step.
+    /// Bytes of tensor files that are clones of files of an older step.
     pub cloned_bytes: u64,
-    /// Bytes of such files that are files of an older step, under a second name.
+    /// Bytes of tensor files that are files of an older step, under a second name.
     pub linked_bytes: u64,
-    /// Files that had not changed and were written, because the file system refused to clone or link them.
+    /// How many unchanged files were written, because the file system refused to clone or link them.
     pub refused_files: u64,
 }
 
@@ -141,20 +141,20 @@ unsafe impl given::Sized for ashore_committed {
 pub struct ashore_progress {
     /// Bytes of tensors to save.
     pub bytes: u64,
-    /// Copied so far, headers of files included.
+    /// Bytes copied so far, including file headers.
     pub staged: u64,
-    /// Written so far, headers of files included.
+    /// Bytes written so far, including file headers.
     pub written: u64,
     /// An `ashore_phase`.
     pub phase: i32,
 }
 
-/// Begins a save and returns. `tensors` and `options` are read within the call; after it only the memory of
-/// the tensors is needed, each until its release. Each tensor is released once, whatever becomes of the save.
-/// `options` may be null. `save` may be null: the save goes on alone, and its failure comes out of the next
-/// call of ashore_save_begin, or of ashore_close. That is also what becomes of a failure whose handle was
-/// freed before a call had returned it.
-// SAFETY: the name begins with that of this library.
+/// Begins a save and returns. `tensors` and `options` are read only within the call. Afterwards only the
+/// memory of the tensors is needed, each until its release. Each tensor is released once, whatever the
+/// outcome of the save. `options` may be null. `save` may be null: then the save goes on alone, and the next
+/// call of ashore_save_begin, or ashore_close, returns its failure. These calls also return the failure of a
+/// save whose handle was freed before a call had returned it.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_save_begin(
     executor: *mut ashore_executor,
@@ -165,20 +165,20 @@ pub unsafe extern "C" fn ashore_save_begin(
     save: *mut *mut ashore_save,
 ) -> i32 {
     run(|| {
-        // First of all, so that each is released whatever is wrong with the rest.
-        // SAFETY: the argument of the crate.
+        // Do this first, so that each tensor is released even if another argument is wrong.
+        // SAFETY: see the safety argument of the crate.
         let tensors = unsafe { given::array("tensors", tensors, count)? };
         let keeps = tensors.iter().map(ashore_tensor::released).collect();
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         let save = unsafe { save.as_mut() };
         let save = save.map(|save| {
             *save = ptr::null_mut();
             save
         });
         let found = handles::find(executor)?;
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         let mut state = unsafe { tensor::state(tensors, keeps)? };
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         let options = unsafe { prepared(given::sized(options)?, &mut state)? };
         let begun = found.save_with(step, state, options)?;
         if let Some(save) = save {
@@ -191,7 +191,7 @@ pub unsafe extern "C" fn ashore_save_begin(
 /// Puts the values, aliases and groups of the options into the state dict.
 ///
 /// # Safety
-/// That of the crate.
+/// The safety argument of the crate applies.
 unsafe fn prepared(given: ashore_save_options, state: &mut StateDict<'static>) -> Result<SaveOptions> {
     type Put = for<'s> fn(&'s mut StateDict<'static>, &str, &serde_json::Value) -> ashore_core::Result<()>;
     let lists: [(&str, *const ashore_value, usize, Put); 3] = [
@@ -202,29 +202,29 @@ unsafe fn prepared(given: ashore_save_options, state: &mut StateDict<'static>) -
         }),
     ];
     for (what, at, count, put) in lists {
-        // SAFETY: passed on.
+        // SAFETY: the caller guarantees this.
         for value in unsafe { given::array(what, at, count)? } {
-            // SAFETY: passed on.
+            // SAFETY: the caller guarantees this.
             let name = unsafe { given::text("name", value.name)? };
-            // SAFETY: passed on.
+            // SAFETY: the caller guarantees this.
             let json = unsafe { given::text(name, value.json)? };
             put(state, name, &given::json(what, name, json)?)?;
         }
     }
-    // SAFETY: passed on.
+    // SAFETY: the caller guarantees this.
     for alias in unsafe { given::array("aliases", given.aliases, given.alias_count)? } {
-        // SAFETY: passed on.
+        // SAFETY: the caller guarantees this.
         let (name, holder) = unsafe { (given::text("name", alias.name)?, given::text("holder", alias.holder)?) };
         state.alias(name, holder)?;
     }
-    // SAFETY: passed on.
+    // SAFETY: the caller guarantees this.
     for group in unsafe { given::array("groups", given.groups, given.group_count)? } {
-        // SAFETY: passed on.
+        // SAFETY: the caller guarantees this.
         let name = unsafe { given::text("name", group.name)? };
         if group.key.is_null() {
             state.frozen(name)?;
         } else {
-            // SAFETY: passed on.
+            // SAFETY: the caller guarantees this.
             state.group(name, unsafe { given::text("key", group.key)? })?;
         }
     }
@@ -239,10 +239,10 @@ unsafe fn prepared(given: ashore_save_options, state: &mut StateDict<'static>) -
     Ok(options)
 }
 
-/// Waits until nothing will read the tensors of a save any more, and each was released: then they may be
-/// written. 0 seconds only asks: ASHORE_DEADLINE means not yet. Returns the failure of the save if it has
-/// failed; the tensors are free then, too.
-// SAFETY: the name begins with that of this library.
+/// Waits until nothing will read the tensors of a save any more, and each was released: then the program may
+/// write them. With 0 seconds the call only asks: ASHORE_DEADLINE means not yet. Returns the failure of the
+/// save if it has failed; then the program may write the tensors, too.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_save_staged(save: *mut ashore_save, seconds: f64) -> i32 {
     run(|| {
@@ -251,9 +251,9 @@ pub unsafe extern "C" fn ashore_save_staged(save: *mut ashore_save, seconds: f64
     })
 }
 
-/// Waits until a save is durable, or returns its failure. ASHORE_DEADLINE of this call alone: it has not
-/// ended, and can be waited for again. `committed` may be null.
-// SAFETY: the name begins with that of this library.
+/// Waits until a save is durable, or returns its failure. ASHORE_DEADLINE from this call only means that the
+/// save has not ended; it can be waited for again. `committed` may be null.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_save_wait(
     save: *mut ashore_save,
@@ -278,17 +278,17 @@ pub unsafe extern "C" fn ashore_save_wait(
             linked_bytes: done.linked_bytes,
             refused_files: done.refused_files as u64,
         };
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         unsafe { given::write_sized(committed, &cost)? };
         Ok(ASHORE_OK)
     })
 }
 
-/// Calls `done` once, when the save has ended; from this call if it has already. `kind` is an
-/// `ashore_status`; `error` is its text, null for ASHORE_OK and ASHORE_SKIPPED, and valid within the call.
-/// `done` must return soon: other saves wait meanwhile. It may begin a save and free handles; a wait for the
-/// same executor, a fence and a close are refused in it.
-// SAFETY: the name begins with that of this library.
+/// Calls `done` once, when the save has ended, or at once within this call if it has ended already. `kind` is
+/// an `ashore_status`. `error` is its text, valid only within the call, and null for ASHORE_OK and
+/// ASHORE_SKIPPED. `done` must return soon, because other saves wait meanwhile. It may begin a save and free
+/// handles. A wait for the same executor, a fence and a close are refused in it.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_save_then(
     save: *mut ashore_save,
@@ -314,13 +314,13 @@ pub unsafe extern "C" fn ashore_save_then(
     })
 }
 
-/// Says how far a save has come.
-// SAFETY: the name begins with that of this library.
+/// Reports the progress of a save.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_save_progress(save: *mut ashore_save, progress: *mut ashore_progress) -> i32 {
     run(|| {
         let now = handles::find(save)?.progress();
-        // SAFETY: the argument of the crate.
+        // SAFETY: see the safety argument of the crate.
         let progress = unsafe { given::result("progress", progress)? };
         let phase = ashore_phase::from(now.phase) as i32;
         *progress = ashore_progress { bytes: now.bytes, staged: now.staged, written: now.written, phase };
@@ -328,9 +328,10 @@ pub unsafe extern "C" fn ashore_save_progress(save: *mut ashore_save, progress: 
     })
 }
 
-/// Cancels a save, which ends as ASHORE_CANCELLED at once; its tensors are free when ashore_save_staged
-/// returns. ASHORE_CONFLICT: too late, it has ended or is being published.
-// SAFETY: the name begins with that of this library.
+/// Cancels a save, which ends as ASHORE_CANCELLED at once. The program may write its tensors when
+/// ashore_save_staged returns. ASHORE_CONFLICT means that it is too late: the save has ended or is being
+/// published.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_save_cancel(save: *mut ashore_save) -> i32 {
     run(|| {
@@ -344,8 +345,8 @@ pub unsafe extern "C" fn ashore_save_cancel(save: *mut ashore_save) -> i32 {
     })
 }
 
-/// Frees the handle of a save, which goes on. A handle that is null or no handle is left alone.
-// SAFETY: the name begins with that of this library.
+/// Frees the handle of a save, which goes on. Does nothing for null or an invalid handle.
+// SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_save_free(save: *mut ashore_save) {
     handles::free(save);

@@ -1,12 +1,12 @@
-//! The numbers of the header: what became of a call, element types, phases, times of capture.
+//! The numbers of the header: results of calls, element types, phases, times of capture.
 
 use ashore_core::{Dtype, ErrorKind, Phase};
 
-/// What became of a call. `ashore_last_error` has the text of a failure.
+/// The result of a call. `ashore_last_error` has the text of a failure.
 #[repr(i32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ashore_status {
-    /// The call did what it says.
+    /// The call succeeded.
     ASHORE_OK = 0,
     /// The request is wrong: change the call, the setting or the input.
     ASHORE_INVALID = 1,
@@ -16,23 +16,23 @@ pub enum ashore_status {
     ASHORE_CONFLICT = 3,
     /// Too much is in flight: the same call can succeed later.
     ASHORE_BUSY = 4,
-    /// The medium or the quota is full. Older steps are intact.
+    /// The storage or the quota is full. Older steps are intact.
     ASHORE_NO_SPACE = 5,
-    /// The medium, the device or another rank cannot be reached.
+    /// The storage, the device or another rank cannot be reached.
     ASHORE_UNAVAILABLE = 6,
-    /// Stored bytes are not what was written.
+    /// The stored bytes differ from the bytes that were written.
     ASHORE_CORRUPT = 7,
     /// The GPU failed. Saves that were staged still become durable.
     ASHORE_DEVICE = 8,
     /// The save was cancelled, or its executor was closed before it was durable.
     ASHORE_CANCELLED = 9,
-    /// The time passed first.
+    /// The deadline passed before the operation ended.
     ASHORE_DEADLINE = 10,
-    /// The step may or may not survive a crash: its publish began, and its end is unknown.
+    /// The step may or may not survive a crash: its publish began, and the outcome is unknown.
     ASHORE_INDETERMINATE = 11,
     /// A bug in the library.
     ASHORE_INTERNAL = 12,
-    /// No failure: the save was not begun, because another one was under way and the setting `overlap` is
+    /// Not a failure: the save was not begun, because another save was under way and the setting `overlap` is
     /// "skip" or "latest".
     ASHORE_SKIPPED = 100,
 }
@@ -136,11 +136,11 @@ pub fn dtype(number: i32) -> Option<Dtype> {
     ALL.iter().find(|(numbered, _)| *numbered as i32 == number).map(|(_, dtype)| *dtype)
 }
 
-/// When a save takes the bytes of a tensor.
+/// When a save copies the bytes of a tensor.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ashore_capture {
-    /// Small tensors within the call, others at the fence at the latest.
+    /// Small tensors within the call, other tensors at the fence at the latest.
     ASHORE_CAPTURE_DEFAULT = 0,
     /// Within the call: for step counters and statistics, which the program writes before the fence.
     ASHORE_CAPTURE_AT_SAVE = 1,
@@ -156,9 +156,9 @@ pub enum ashore_phase {
     ASHORE_PHASE_WAITING = 0,
     /// Tensors are read.
     ASHORE_PHASE_STAGING = 1,
-    /// Every byte is copied, and is being written.
+    /// Every byte is copied, and bytes are being written.
     ASHORE_PHASE_WRITING = 2,
-    /// One of several ranks: its files are durable, and rank 0 decides.
+    /// For one of several ranks: its files are durable, and rank 0 decides.
     ASHORE_PHASE_PROMISED = 3,
     /// The step is being published.
     ASHORE_PHASE_PUBLISHING = 4,

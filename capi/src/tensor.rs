@@ -1,8 +1,9 @@
-//! Tensors of the program: as sources of a state dict, and as targets of a restore.
+//! Uses tensors of the program as sources of a state dict and as targets of a restore.
 //!
 //! # Safety argument
-//! That of the crate: a tensor's description is true, its memory stays until it is released, and nothing
-//! writes it between a save and the fence. Targets do not overlap: that is checked.
+//! The safety argument of the crate applies: a tensor's description is true, its memory stays until it is
+//! released, and nothing writes it between a save and the fence. Targets do not overlap: the library checks
+//! this.
 #![expect(unsafe_code, reason = "reads descriptions, and takes memory as they say; argument above")]
 
 use crate::callbacks::{Context, Released};
@@ -30,53 +31,53 @@ pub struct ashore_stream {
 /// A tensor to save, or memory to restore into. Zero is the default of every member but `name` and `dtype`.
 #[repr(C)]
 pub struct ashore_tensor {
-    /// Its name: not empty, utf-8.
+    /// The name of the tensor: not empty, utf-8.
     pub name: *const c_char,
-    /// Host memory, or a device address where `on_device` is set: the element with all indices 0.
+    /// The address of the element with all indices 0: in host memory, or on the device if `on_device` is set.
     pub data: *mut c_void,
-    /// `dims` numbers, as all arrays here; null for a scalar.
+    /// The shape: `dims` numbers, like all arrays here. Null for a scalar.
     pub shape: *const i64,
-    /// The distance of neighbours in each dimension in ELEMENTS, as in DLPack and torch; null: packed,
+    /// The distance between neighbours in each dimension, in ELEMENTS, as in DLPack and torch. Null: packed,
     /// row-major. A tensor with strides is saved packed.
     pub strides: *const i64,
-    /// The shape of the whole tensor, where this is a box of it; null: the whole tensor. The ranks of a job
-    /// together save each element once; where several ranks have the same box, one of them writes it. In a
-    /// restore it is compared with the saved shape.
+    /// The shape of the whole tensor, if this is a box of it. Null: this is the whole tensor. The ranks of a
+    /// job together save each element once; if several ranks have the same box, one of them writes it. A
+    /// restore compares this shape with the saved shape.
     pub global_shape: *const i64,
-    /// Where in the whole tensor the box begins; null where `global_shape` is. A restore needs no
-    /// `global_shape` beside it.
+    /// The position in the whole tensor at which the box begins. In a save, null if `global_shape` is null. A
+    /// restore may set it without `global_shape`.
     pub offset: *const i64,
     /// The number of dimensions.
     pub dims: u32,
     /// An `ashore_dtype`.
     pub dtype: i32,
-    /// 0: host memory.
+    /// 0 for host memory, otherwise device memory.
     pub on_device: u32,
-    /// An `ashore_capture`. Not for a box, and not in a restore.
+    /// An `ashore_capture`. Not allowed for a box or in a restore.
     pub capture: u32,
-    /// Wrote `data`; a restore writes in it. For device memory alone.
+    /// The stream that wrote `data`; a restore writes in this stream. Only for device memory.
     pub stream: ashore_stream,
-    /// Called once for each tensor of a save, whatever becomes of the save, when nothing will read the tensor
-    /// any more; from any thread, also within the call of the save. Null: nothing is to be released. A
-    /// restore does not call it.
+    /// Called once for each tensor of a save when nothing will read the tensor any more, whatever the outcome
+    /// of the save. Any thread may call it, also within the call of the save. Null: nothing is to be
+    /// released. A restore does not call it.
     pub release: Option<unsafe extern "C-unwind" fn(context: *mut c_void)>,
     /// Passed to `release`.
     pub context: *mut c_void,
 }
 
 impl ashore_tensor {
-    /// Its callback, which is called once, when this is dropped.
+    /// Returns the callback, which is called once, when the returned object is dropped.
     pub fn released(&self) -> Option<Released> {
         self.release.map(|release| Released(release, Context(self.context)))
     }
 }
 
-/// What is true of a tensor in both directions.
+/// The description of a tensor, for saves and restores.
 struct Described<'a> {
     name: &'a str,
     layout: Layout,
     bytes: u64,
-    /// In bytes; None: packed.
+    /// Strides in bytes. None: packed.
     strides: Option<Vec<i64>>,
     global: Option<Vec<usize>>,
     offset: Option<Vec<usize>>,
@@ -84,23 +85,23 @@ struct Described<'a> {
 
 impl<'a> Described<'a> {
     /// # Safety
-    /// That of the crate.
+    /// The safety argument of the crate applies.
     unsafe fn new(index: usize, tensor: &'a ashore_tensor) -> Result<Self> {
-        // SAFETY: passed on.
+        // SAFETY: the caller guarantees this.
         let name = unsafe { given::text("name", tensor.name) };
         let name = name.map_err(|e| e.with_text(|text| format!("{text} tensor_index={index}")))?;
-        // SAFETY: passed on.
+        // SAFETY: the caller guarantees this.
         unsafe { Self::named(name, tensor) }.map_err(|e| e.of_tensor(name))
     }
 
     /// # Safety
-    /// That of the crate.
+    /// The safety argument of the crate applies.
     unsafe fn named(name: &'a str, tensor: &ashore_tensor) -> Result<Self> {
         let refuse = |why: String| Failed::invalid(format!("{why} tensor={name:?}"));
         let number = tensor.dtype;
         let dtype = dtype(number).ok_or_else(|| refuse(format!("there is no such dtype dtype={number}")))?;
         let sizes = |what: &str, at: *const i64| {
-            // SAFETY: passed on: `dims` numbers.
+            // SAFETY: the caller guarantees this: `dims` numbers.
             let all = unsafe { given::array(what, at, tensor.dims as usize) };
             let all = all.map_err(|e| e.with_text(|text| format!("{text} tensor={name:?}")))?;
             let sizes = all.iter().map(|&size| usize::try_from(size).ok()).collect::<Option<Vec<_>>>();
@@ -117,11 +118,11 @@ impl<'a> Described<'a> {
         } else if !bits.is_multiple_of(8) {
             return Err(refuse(format!("elements that are no whole bytes have no strides dtype={dtype}")));
         } else {
-            // SAFETY: passed on: `dims` numbers.
+            // SAFETY: the caller guarantees this: `dims` numbers.
             let strides = unsafe { given::array("strides", tensor.strides, tensor.dims as usize)? };
             let in_bytes = strides.iter().map(|stride| stride.checked_mul(bits as i64 / 8)).collect::<Option<Vec<_>>>();
             let in_bytes = in_bytes.ok_or_else(|| refuse(format!("a stride overflows strides={strides:?}")))?;
-            // Bindings of other languages always give strides, and packed memory is read and filled faster.
+            // Bindings of other languages always give strides, but packed memory is read and filled faster.
             Some(in_bytes).filter(|strides| !is_packed(&shape, strides, bits / 8))
         };
         if tensor.data.is_null() && bytes > 0 {
@@ -131,7 +132,7 @@ impl<'a> Described<'a> {
     }
 }
 
-/// Whether elements of `item` bytes with these strides, in bytes, are packed in row-major order.
+/// True if elements of `item` bytes with these strides, in bytes, are packed in row-major order.
 fn is_packed(shape: &[usize], strides: &[i64], item: usize) -> bool {
     let mut expected = item as i64;
     let mut dims = shape.iter().zip(strides).rev();
@@ -144,7 +145,7 @@ fn is_packed(shape: &[usize], strides: &[i64], item: usize) -> bool {
 }
 
 fn stream(of: ashore_stream) -> DeviceStream<'static> {
-    // SAFETY: the program promises that it is a stream of that device as long as its tensors are used.
+    // SAFETY: the program promises that this is a stream of that device for as long as its tensors are used.
     unsafe { DeviceStream::new(of.device, of.handle.addr()) }
 }
 
@@ -153,20 +154,20 @@ pub fn streams(given: &[ashore_stream]) -> Vec<DeviceStream<'static>> {
     given.iter().map(|of| stream(*of)).collect()
 }
 
-/// The state dict of tensors, each with its callback.
+/// Makes the state dict of tensors, each with its callback.
 ///
 /// # Safety
-/// That of the crate.
+/// The safety argument of the crate applies.
 pub unsafe fn state(tensors: &[ashore_tensor], keeps: Vec<Option<Released>>) -> Result<StateDict<'static>> {
     let mut state = StateDict::with_capacity(tensors.len());
     for ((index, tensor), keep) in tensors.iter().enumerate().zip(keeps) {
-        // SAFETY: passed on.
+        // SAFETY: the caller guarantees this.
         let described = unsafe { Described::new(index, tensor)? };
         let name = described.name;
         let put = match keep {
-            // SAFETY: passed on.
+            // SAFETY: the caller guarantees this.
             Some(keep) => unsafe { put(&mut state, tensor, described, keep) },
-            // SAFETY: passed on.
+            // SAFETY: the caller guarantees this.
             None => unsafe { put(&mut state, tensor, described, ()) },
         };
         put.map_err(|e| e.of_tensor(name))?;
@@ -175,7 +176,7 @@ pub unsafe fn state(tensors: &[ashore_tensor], keeps: Vec<Option<Released>>) -> 
 }
 
 /// # Safety
-/// That of the crate.
+/// The safety argument of the crate applies.
 unsafe fn put(
     state: &mut StateDict<'static>,
     tensor: &ashore_tensor,
@@ -186,7 +187,7 @@ unsafe fn put(
     let (dtype, shape) = (layout.dtype, &layout.shape);
     if tensor.on_device != 0 {
         let (address, stream) = (tensor.data.addr() as u64, stream(tensor.stream));
-        // SAFETY: the program promises what both need.
+        // SAFETY: the program promises what both constructors need.
         let source = unsafe {
             match strides {
                 None => RawDevice::new(address, bytes, dtype, shape, stream, keep),
@@ -196,7 +197,7 @@ unsafe fn put(
         return insert(state, tensor, &described, source);
     }
     let at = tensor.data.cast_const().cast();
-    // SAFETY: the program promises what both need.
+    // SAFETY: the program promises what both constructors need.
     let source = unsafe {
         match strides {
             None => RawHost::new(at, bytes, dtype, shape, keep),
@@ -238,12 +239,12 @@ fn insert(
 /// Fills targets from a checkpoint.
 ///
 /// # Safety
-/// That of the crate.
+/// The safety argument of the crate applies.
 pub unsafe fn restore(checkpoint: &Checkpoint, tensors: &[ashore_tensor]) -> Result<()> {
     let mut targets = Targets::new();
     let mut memory: Vec<(Range<usize>, &str)> = Vec::new();
     for (index, tensor) in tensors.iter().enumerate() {
-        // SAFETY: passed on.
+        // SAFETY: the caller guarantees this.
         let described = unsafe { Described::new(index, tensor)? };
         let name = described.name;
         let slice = fits(checkpoint, &described).map_err(|e| e.of_tensor(name))?;
@@ -251,7 +252,7 @@ pub unsafe fn restore(checkpoint: &Checkpoint, tensors: &[ashore_tensor]) -> Res
         let (dtype, shape) = (layout.dtype, &layout.shape);
         if tensor.on_device != 0 {
             let (address, stream) = (tensor.data.addr() as u64, stream(tensor.stream));
-            // SAFETY: the program promises what both need.
+            // SAFETY: the program promises what both constructors need.
             let target = unsafe {
                 match &strides {
                     None => DeviceTarget::new(address, bytes, stream).with_dtype(dtype),
@@ -266,7 +267,8 @@ pub unsafe fn restore(checkpoint: &Checkpoint, tensors: &[ashore_tensor]) -> Res
         }
         let at: *mut u8 = tensor.data.cast();
         if let Some(strides) = &strides {
-            // SAFETY: the program promises memory at every element; the library checks that they lie apart.
+            // SAFETY: the program promises memory at every element. The library checks that elements do not
+            // overlap.
             let target = unsafe { HostTarget::strided(at, dtype, shape, strides) };
             targets = match &slice {
                 None => targets.host(name, target),
@@ -278,8 +280,8 @@ pub unsafe fn restore(checkpoint: &Checkpoint, tensors: &[ashore_tensor]) -> Res
             &mut []
         } else {
             memory.push((at.addr()..at.addr().saturating_add(bytes as usize), name));
-            // SAFETY: the program's to be written, so many bytes; that no two packed targets overlap is
-            // checked below, before one is written.
+            // SAFETY: the program lets the library write this many bytes. A check below makes sure that no
+            // two packed targets overlap, before one is written.
             unsafe { std::slice::from_raw_parts_mut(at, bytes as usize) }
         };
         targets = match &slice {
@@ -295,8 +297,8 @@ pub unsafe fn restore(checkpoint: &Checkpoint, tensors: &[ashore_tensor]) -> Res
     Ok(checkpoint.read_into(targets)?)
 }
 
-/// The slice of a saved tensor that a target asks for, None for all of it. Dtype and shape are compared here,
-/// because the library compares lengths.
+/// Returns the slice of a saved tensor that a target asks for; None for the whole tensor. It compares dtype
+/// and shape here, because the library compares only lengths.
 fn fits(checkpoint: &Checkpoint, described: &Described<'_>) -> Result<Option<Vec<Range<usize>>>> {
     let Described { name, layout, global, offset, .. } = described;
     let info = checkpoint.tensor(name)?;

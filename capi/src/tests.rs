@@ -20,7 +20,7 @@ const SETTINGS: &CStr = c"{\"arena\": 2097152, \"chunk\": 262144, \"device\": \"
 /// Checks a status; returns the text of the last failure.
 #[track_caller]
 fn expect(status: i32, wanted: ashore_status) -> String {
-    // SAFETY: never null, and of this thread.
+    // SAFETY: the pointer is never null, and belongs to this thread.
     let text = unsafe { CStr::from_ptr((*ashore_last_error()).text) }.to_string_lossy().into_owned();
     assert_eq!(status, wanted as i32, "{text}");
     text
@@ -270,7 +270,7 @@ fn the_last_error_is_that_of_the_thread() {
     let fails = || unsafe { ashore_save_cancel(null_mut()) };
     expect(fails(), ASHORE_INVALID);
     std::thread::spawn(|| assert_eq!(expect(0, ASHORE_OK), "")).join().unwrap();
-    // SAFETY: never null, and of this thread.
+    // SAFETY: the pointer is never null, and belongs to this thread.
     let last = unsafe { &*ashore_last_error() };
     assert_eq!((last.kind, last.step, last.rank), (ASHORE_INVALID as i32, -1, -1));
     assert!(last.tensor.is_null() && last.path.is_null());
@@ -281,7 +281,7 @@ fn what_is_done_is_told_once_also_of_a_save_that_has_ended() {
     // SAFETY: called with a counter as context.
     unsafe extern "C-unwind" fn told_of(counter: *mut c_void, kind: i32, error: *const c_char) {
         assert_eq!((kind, error.is_null()), (ASHORE_OK as i32, true));
-        // SAFETY: passed on.
+        // SAFETY: the caller guarantees this.
         unsafe { count(counter) }
     }
     let (root, counter, ends) = (tempfile::tempdir().unwrap(), AtomicU32::new(0), AtomicU32::new(0));

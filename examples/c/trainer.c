@@ -1,4 +1,4 @@
-// Trains by AdamW on a small regression, saves after every step, and resumes bit for bit after a kill.
+// Trains a small regression with AdamW, saves after every step, and resumes bit for bit after a kill.
 //
 //   trainer DIRECTORY STEPS
 #define _POSIX_C_SOURCE 200809L
@@ -12,9 +12,9 @@
 enum { INPUTS = 64, OUTPUTS = 16, SIZE = INPUTS * OUTPUTS, BATCH = 8 };
 
 static float weights[SIZE], first[SIZE], second[SIZE]; // the model, and the optimizer's two moments
-static uint64_t generator = 42;                        // of the batches
+static uint64_t generator = 42;                        // the random generator of the batches
 
-// Ends the program with the library's text, if a call has failed.
+// Ends the program with the library's error text if a call has failed.
 static void must(int32_t status) {
   if (status != ASHORE_OK) {
     fprintf(stderr, "trainer: %s\n", ashore_last_error()->text);
@@ -29,7 +29,8 @@ static float drawn(void) {
   return (float)(generator >> 40) / (1 << 24) - 0.5f;
 }
 
-// The gradient of the mean squared error of a batch, whose targets follow from its inputs. Returns the error.
+// Computes the gradient of the mean squared error of a batch, whose targets follow from its inputs. Returns
+// the error.
 static float gradient(float *grad) {
   float loss = 0;
   memset(grad, 0, SIZE * sizeof *grad);
@@ -69,7 +70,7 @@ int main(int count, char **arguments) {
       {.name = "optimizer.second", .data = second, .shape = shape, .dims = 2, .dtype = ASHORE_F32},
   };
 
-  // Begin where the newest durable step ended.
+  // Resume from the newest durable step.
   int64_t step = 0;
   ashore_checkpoint *newest = NULL;
   must(ashore_latest(executor, &newest));
@@ -86,7 +87,7 @@ int main(int count, char **arguments) {
 
   while (step < atoll(arguments[2])) {
     float grad[SIZE];
-    float loss = gradient(grad); // only reads what a save may still be reading
+    float loss = gradient(grad); // only reads memory that a save may still be reading
     nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
     must(ashore_fence(executor, NULL, 0)); // before the optimizer writes
     adamw(grad, ++step);

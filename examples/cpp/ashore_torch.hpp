@@ -1,4 +1,4 @@
-// Tensors of libtorch for ashore: `add(state, "weight", tensor)`.
+// Adds libtorch tensors to a state of ashore: `add(state, "weight", tensor)`.
 //
 // Views are saved packed, and restored in place.
 #pragma once

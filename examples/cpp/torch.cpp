@@ -1,4 +1,4 @@
-// Saves and restores tensors of libtorch: views, scalars, bfloat16, an empty one.
+// Saves and restores libtorch tensors: views, scalars, bfloat16, an empty tensor.
 //
 //   torch DIRECTORY
 #include "ashore_torch.hpp"

@@ -1,4 +1,4 @@
-// Trains by momentum on a small quadratic, saves after every step, and resumes bit for bit after a kill.
+// Trains a small quadratic with momentum, saves after every step, and resumes bit for bit after a kill.
 //
 //   trainer DIRECTORY STEPS
 #include <ashore.hpp>
@@ -45,7 +45,7 @@ int main(int count, char **arguments) try {
     std::printf("step %lld rate %s\n", static_cast<long long>(step), text);
     std::fflush(stdout);
   }
-  executor.close(60); // waits for the last saves, and throws what no call has thrown
+  executor.close(60); // waits for the last saves, and throws an error that no call has thrown
 
   uint64_t digest = 14695981039346656037u;
   auto bytes = reinterpret_cast<unsigned char *>(weights.data());
