@@ -1,6 +1,6 @@
-//! What coding and applying a delta costs for each byte of the model, on one core, beside a copy of the same
-//! bytes in the same run: 64 MiB of bf16 weights, of which one element in 100 changed by a unit in the last
-//! place, as after one step at a learning rate of 1e-6; and one in 10.
+//! The cost of coding and applying a delta, for each byte of the model, on one core, next to a copy of the
+//! same bytes in the same run. The model has 64 MiB of bf16 weights. One element in 100 has changed by a unit
+//! in the last place, as after one step at a learning rate of 1e-6; or one element in 10 has changed.
 
 use ashore::internal::delta::{Numbers, apply, check, encode};
 use ashore::internal::digest::Digest;
@@ -9,7 +9,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 
 const BYTES: usize = 64 << 20;
 
-/// Weights, and the same after an update of one element in `share`, at random places.
+/// Returns weights, and the same weights after an update of one element in `share`, at random places.
 fn weights(share: u64) -> (Vec<u8>, Vec<u8>) {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut next = || {
@@ -41,7 +41,7 @@ fn delta(c: &mut Criterion) {
         group.bench_function("memcpy", |b| b.iter(|| memory.copy_from_slice(&new)));
         group.bench_function("encode", |b| b.iter(|| encode(&old, &new, numbers, Form::Packed).expect("a patch")));
         group.bench_function("check", |b| b.iter(|| check(&old, digest, numbers, &patch).expect("sound")));
-        // Applied again and again: what the elements are does not matter for the time.
+        // Applied again and again, because the values of the elements do not affect the time.
         group.bench_function("apply", |b| b.iter(|| apply(&mut memory, numbers, &patch).expect("checked")));
     }
 }

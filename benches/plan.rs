@@ -1,5 +1,5 @@
-//! The first save of a structure: `save` plans every file offset, header and manifest. Its cost must be
-//! linear.
+//! The first save of a structure. In it, `save` plans every file offset, header and manifest, and its cost
+//! must be linear.
 
 mod fixtures;
 
@@ -16,7 +16,7 @@ fn plan(c: &mut Criterion) {
         let executor = builder(Arc::new(null::Sink::default())).build().expect("an executor");
         let mut step = 0;
         let mut one = || {
-            // Each save leaves out another tensor, so that it cannot reuse the plan of the last save.
+            // Each save leaves out a different tensor, so that it cannot reuse the plan of the last save.
             let without = step as usize % names.len();
             let kept = [&names[..without], &names[without + 1..]].concat();
             let state = state(&kept, &data);

@@ -1,5 +1,5 @@
-//! Opens a step and reads it whole, every byte checked, from storage in memory: the cost of a restore without
-//! the disk.
+//! Opens a step and reads it completely, with every byte checked, from storage in memory. This is the cost of
+//! a restore without the disk.
 
 mod fixtures;
 

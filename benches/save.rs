@@ -1,7 +1,8 @@
-//! What a save costs the training thread: making the state dict, `save` itself, and releasing the sources.
+//! The cost of a save for the training thread: making the state dict, `save` itself, and releasing the
+//! sources.
 //!
 //! Storage is in memory and states are small, so that the figures are those of the calling thread. `save`
-//! runs with the structure cached, as in every save but the first, and with an idle pipeline.
+//! runs with the structure cached, as in every save except the first, and with an idle pipeline.
 
 mod fixtures;
 

@@ -1,4 +1,4 @@
-//! Copies and digests 64 MiB of host memory into the arena, until the stager has dropped the sources; the
+//! Copies and digests 64 MiB of host memory into the arena, until the stager has dropped the sources. The
 //! staged chunks are dropped.
 
 mod fixtures;

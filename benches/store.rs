@@ -1,6 +1,6 @@
-//! Saves a state to an object store and reads it back, and prints what that took: bytes per second, CPU
-//! seconds per GB of this process, and the most memory that it had. `just store-bench s3://bucket/prefix`
-//! runs it; the environment names endpoint and credentials.
+//! Saves a state to an object store and reads it back. Prints bytes per second, CPU seconds per GB of this
+//! process, and the peak memory of this process. `just store-bench s3://bucket/prefix` runs this bench; the
+//! environment names the endpoint and the credentials.
 
 use ashore::{Catalog, CheckpointExecutor, StateDict, Targets};
 use std::error::Error;
@@ -12,7 +12,7 @@ const LONG: Duration = Duration::from_secs(3600);
 /// The bytes of a tensor.
 const TENSOR: usize = 64 << 20;
 
-/// The CPU time that this process has taken, of all its threads.
+/// The CPU time that all threads of this process have used.
 fn cpu() -> Duration {
     let stat = std::fs::read_to_string("/proc/self/stat").expect("proc");
     let fields = stat.rsplit_once(')').expect("the name of the program ends").1.split_whitespace();
@@ -21,14 +21,14 @@ fn cpu() -> Duration {
     Duration::from_millis(ticks * 10)
 }
 
-/// The most memory that this process has had, in MiB.
+/// The peak memory of this process, in MiB.
 fn peak() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("proc");
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
     line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).expect("a number") >> 10
 }
 
-/// Does `work` on `bytes` bytes, and prints what it took.
+/// Runs `work` on `bytes` bytes, and prints its cost.
 fn measure(what: &str, round: usize, bytes: usize, work: impl FnOnce() -> ashore::Result<()>) -> ashore::Result<()> {
     let (began, before) = (Instant::now(), cpu());
     work()?;

@@ -1,5 +1,5 @@
-//! Opening and looking up a step of a million tensors, from its table and manifest alone: time and memory.
-//! `cargo bench --bench tables`. The files are in the page cache.
+//! Measures time and memory for opening and looking up a step of a million tensors, from its table and
+//! manifest alone. `cargo bench --bench tables` runs this bench. The files are in the page cache.
 
 use ashore::internal::digest::Digest;
 use ashore::internal::format::columns::TENSORS_TABLE;
@@ -99,7 +99,7 @@ fn open(root: &Path) -> Index {
     Index::new(Sealed::parse(&manifest).expect("a manifest"), medium).expect("an index")
 }
 
-/// The most memory that this process has had, in KiB.
+/// The peak memory of this process, in KiB.
 fn peak() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("Linux");
     let line = status.lines().find(|line| line.starts_with("VmHWM")).expect("a line");
@@ -107,7 +107,7 @@ fn peak() -> u64 {
 }
 
 fn measure(root: &Path, what: &str, work: impl Fn(&Index)) {
-    // A process of its own for each, because memory that was freed counts in the peak.
+    // Each runs in a separate process, because memory that was freed counts in the peak.
     let before = peak();
     let mut best = f64::MAX;
     for _ in 0..5 {

@@ -1,8 +1,8 @@
-//! What frozen tensors cost, and what looking for them costs a run that has none.
+//! The cost of frozen tensors, and the cost of looking for them in a run that has none.
 //!
-//! `cargo bench --bench unchanged [-- DIR [MIB]]` saves states of MIB MiB (1024 by default) into DIR, a new
-//! directory in the system's temporary one by default. Each round saves by the executors under comparison
-//! one after the other, and prints a line for each; the last lines are medians of the rounds.
+//! `cargo bench --bench unchanged [-- DIR [MIB]]` saves states of MIB MiB (1024 by default) into DIR, by
+//! default a new directory in the system's temporary directory. In each round, the executors under comparison
+//! save one after the other, and the bench prints a line for each. The last lines are medians of the rounds.
 
 mod fixtures;
 
@@ -22,13 +22,13 @@ const PART: usize = 20;
 struct Model(Vec<Arc<Vec<f32>>>);
 
 impl Model {
-    /// `tensors` tensors of `bytes` bytes together.
+    /// Creates `tensors` tensors of `bytes` bytes in total.
     fn new(tensors: usize, bytes: usize) -> Self {
         let len = bytes / tensors / 4;
         Self((0..tensors).map(|i| Arc::new((0..len).map(|j| (i * 7 + j) as f32).collect())).collect())
     }
 
-    /// Changes those of `tensors`.
+    /// Changes the tensors for which `trains` is true.
     fn train(&mut self, step: u64, trains: impl Fn(usize) -> bool) {
         for (_, tensor) in self.0.iter_mut().enumerate().filter(|(i, _)| trains(*i)) {
             *tensor = Arc::new(tensor.iter().map(|weight| weight + step as f32).collect());
@@ -70,7 +70,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// The last 19 of 20 parts are frozen: one executor knows, the other writes everything.
+/// The last 19 of 20 parts are frozen. One executor knows this, the other writes everything.
 fn frozen(root: &Path, bytes: usize) {
     let (on, off) = (executor(&root.join("on"), true), executor(&root.join("off"), false));
     let mut model = Model::new(300, bytes);
@@ -113,7 +113,7 @@ fn frozen(root: &Path, bytes: usize) {
     );
 }
 
-/// Nothing is frozen: one executor looks, the other does not.
+/// Nothing is frozen. One executor looks for frozen tensors, the other does not.
 fn trained(root: &Path, bytes: usize) {
     let (on, off) = (executor(&root.join("looks"), true), executor(&root.join("does not"), false));
     let mut model = Model::new(300, bytes);
@@ -136,7 +136,8 @@ fn trained(root: &Path, bytes: usize) {
     println!("trained: durable {:.3} of a run that does not look, cpu {:.3}", median(durable), median(spent));
 }
 
-/// A LoRA layout that nothing was declared of: what 200 saves write, in full saves.
+/// A LoRA layout without any declaration of frozen tensors. Prints the bytes that 200 saves write, in full
+/// saves.
 fn learned(root: &Path) {
     let executor =
         CheckpointExecutor::builder(root.join("learned")).files(8).keep_last(2).build().expect("an executor");

@@ -1,6 +1,6 @@
-//! Digests, writes and commits 64 MiB that are in the arena already, until they are durable in a directory
-//! under `target`. `ashore bench write` compares the same work with the disk's own limit; this bench compares
-//! the engines from change to change.
+//! Digests, writes and commits 64 MiB that are already in the arena, until they are durable in a directory
+//! under `target`. `ashore bench write` compares the same work with the limit of the disk alone; this bench
+//! compares the engines from change to change.
 
 mod fixtures;
 

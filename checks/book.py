@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Checks the links of a built book: every file and every anchor is there, and every page of docs/ is in it.
+"""Checks the links of a built book: every linked file and anchor exists, and the book contains every page of
+docs/.
 
-`book.py BOOK README`: the links of README into docs/, too.
+`book.py BOOK README` also checks the links of README into docs/.
 """
 
 import html.parser

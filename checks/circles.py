@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Finds circles of imports between the files of a crate: file A uses B, and B, perhaps through others, uses A.
+"""Finds import cycles between the files of a crate: file A uses B, and B, perhaps through others, uses A.
 
   circles.py FOLDER...    fails when there is one; FOLDER holds lib.rs or main.rs
 
-A module and the modules inside it count as one house: `use super::X` of a re-export and `mod x; use x::Y` are no circle.
-Code below `#[cfg(test)]` and files of tests are left out.
+A module and the modules inside it count as one unit: `use super::X` of a re-export and `mod x; use x::Y` are
+no cycle. Code below `#[cfg(test)]` and files of tests are skipped.
 """
 import re, sys
 from pathlib import Path

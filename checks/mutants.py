@@ -3,10 +3,11 @@
 
     checks/mutants.py [--by FILTER] [NAME...]
 
-The tests are built once, with the switches in; ASHORE_MUTANT then names the promise to break. A mutant may say which tests see it,
-in a comment above it: `// seen by: FILTER`. They run first, and the whole suite only if they pass. With `--by`, only
-the tests that it names count. A failed test counts when it passes without the mutant and fails with it once more, so that a
-flaky test catches nothing. Exits 1 when a mutant is not caught, or is not built into the library at all.
+The tests are built once, with the switches in; ASHORE_MUTANT then names the promise to break. A comment above
+a mutant may name the tests that detect it: `// seen by: FILTER`. These tests run first, and the whole suite
+runs only if they pass. With `--by`, only the tests that it names count. A failed test counts when it passes
+without the mutant and fails with it once more, so that a flaky test does not count. Exits 1 when a mutant is
+not caught, or is not built into the library at all.
 """
 import json
 import os

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Builds what `cargo package` packs, and shows what build.rs reports for kernels that do not match their sums.
+"""Builds the crate that `cargo package` packs, and shows what build.rs reports for kernels with wrong
+checksums.
 
   package.py [PTXAS]    with PTXAS, the packed crate is also built with machine code for two architectures
 """

@@ -37,16 +37,16 @@ impl Training {
     }
 }
 
-/// Trains `more` updates from the newest durable step, and saves after every fifth and after the last.
+/// Trains `more` updates from the newest durable step. Saves at every fifth step and after the last update.
 pub(crate) fn train(root: &Path, more: u64) -> ashore::Result<Training> {
     let executor = CheckpointExecutor::builder(root).arena(32 << 20).chunk(4 << 20).keep_last(2).build()?;
     let new = || Training { step: 0, weights: vec![0.0; 1_000_000].into(), momentum: vec![0.0; 1_000_000].into() };
     let mut training = executor.latest()?.map_or_else(|| Ok(new()), |newest| Training::restore(&newest))?;
     for left in (0..more).rev() {
-        executor.fence()?; // forward and backward have run, while the stager copied
+        executor.fence()?; // forward and backward ran while the stager copied
         training.optimize();
         if training.step.is_multiple_of(5) || left == 0 {
-            drop(executor.save(training.step, training.state()?)?); // the next call would return an error
+            drop(executor.save(training.step, training.state()?)?); // the next call returns its error
         }
     }
     executor.shutdown(Duration::from_secs(60))?;

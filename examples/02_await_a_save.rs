@@ -1,6 +1,6 @@
-//! Watching a save: progress, the moment when its tensors are free again, and the moment when it is durable.
+//! Watches a save: its progress, when its tensors may be written again, and when it is durable.
 //!
-//! `staged()` and the save itself are futures for any runtime; here a bare thread waits for them.
+//! `staged()` and the save itself are futures for any runtime. In this example a plain thread waits for them.
 
 use ashore::{CheckpointExecutor, Outcome, StateDict};
 use std::{sync::Arc, time::Duration};

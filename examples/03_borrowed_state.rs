@@ -1,4 +1,4 @@
-//! A scope saves borrowed state; it ends when nothing reads that state any more.
+//! Saves borrowed state in a scope. The scope ends when nothing reads the state any more.
 
 use ashore::{CheckpointExecutor, Fence, HostTensor, StateDict};
 use std::time::Duration;
@@ -15,7 +15,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let loss: f32 = weights.iter().map(|w| (w - 1.0).powi(2)).sum(); // forward and backward read them
         Ok((save, loss))
     })??;
-    weights.iter_mut().for_each(|w| *w -= 0.1); // the scope has ended: they may be written
+    weights.iter_mut().for_each(|w| *w -= 0.1); // the scope has ended: the weights may be written
 
     save.wait(Duration::from_secs(60))?;
     assert_eq!(executor.checkpoint(1)?.read_as::<f32>("weights")?[0], 0.5);

@@ -1,4 +1,4 @@
-//! Reading a checkpoint needs no executor: metadata alone, some tensors, a slice, into existing memory.
+//! Reads parts of a checkpoint without an executor: metadata, a slice, and some tensors into existing memory.
 
 use ashore::{Catalog, CheckpointExecutor, HostTensor, StateDict, Targets};
 use std::{sync::Arc, time::Duration};

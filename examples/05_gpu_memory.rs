@@ -1,6 +1,6 @@
 //! Saves tensors in GPU memory, allocated with cudarc, while the GPU continues, and restores them.
-//! `--simulated` runs it without a GPU, on the simulated driver of this project's tests; leave that line out
-//! of your program.
+//! `--simulated` runs the example without a GPU, on the simulated driver of this project's tests. Leave that
+//! option out of your program.
 
 use ashore::adapters::cudarc::CudaTensor;
 use ashore::{CheckpointExecutor, DeviceChoice, Fence, StateDict};
@@ -19,15 +19,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let stream = CudaContext::new(0)?.new_stream()?;
     let mut weights = stream.clone_htod(&vec![0.5_f32; 3 << 20])?;
 
-    // Nothing can write borrowed tensors in the scope. At its end the stream, not this thread, waits for the
-    // copies on the GPU.
+    // The program cannot write borrowed tensors in the scope. At the end of the scope the stream waits for
+    // the copies on the GPU; this thread does not wait for them.
     let save = executor.scope(Fence::on(&[(&stream).into()]), |scope| {
         let mut state = StateDict::new();
         state.tensor("weights", CudaTensor::new(&weights, [3 << 10, 1 << 10])?)?;
         scope.save(1, state)
-        // ... forward and backward read them ...
+        // ... forward and backward read the weights ...
     })??;
-    stream.memset_zeros(&mut weights)?; // the optimizer's step: queued at once, begins when the copies have ended
+    stream.memset_zeros(&mut weights)?; // the optimizer's step: queued at once, starts after the copies
 
     save.wait(Duration::from_secs(60))?;
     let saved = executor.checkpoint(1)?.read_as::<f32>("weights")?;
@@ -40,7 +40,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Runs this program again in a process whose loader finds the simulated driver under the driver's name.
+/// Runs this program again in a child process whose loader finds the simulated driver under the name of the
+/// CUDA driver.
 fn simulated() -> Result<(), Box<dyn std::error::Error>> {
     let folder = tempfile::tempdir()?;
     for name in ["libcuda.so", "libcuda.so.1"] {

@@ -1,8 +1,8 @@
-//! Saving from an asynchronous program: wait for the save or for Ctrl-C, whichever comes first, and lose
-//! nothing in either case.
+//! Saves from an asynchronous program. It waits for the save or for Ctrl-C, whichever comes first, and loses
+//! no step in either case.
 //!
-//! Interrupt it while it runs, or start it with `--interrupt`, which sends the signal after the third step.
-//! The second start resumes where the first one ended.
+//! Interrupt the program while it runs, or start it with `--interrupt`, which sends the signal after the
+//! third step. The second run resumes where the first run ended.
 
 use ashore::{CheckpointExecutor, HostTensor, StateDict};
 use std::{sync::Arc, time::Duration};
@@ -32,7 +32,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         if interrupt && step == 3 {
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::INT)?;
         }
-        // A training program would only poll here: nothing needs to wait for the save before the next fence.
+        // A training program would only poll here: it need not wait for the save before the next fence.
         tokio::select! {
             outcome = save => println!("step {step} is durable after {:?}", outcome?.committed().map(|c| c.durable)),
             signal = &mut stop => {
@@ -42,7 +42,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
         }
     }
-    executor.shutdown_async(Duration::from_secs(60)).await?; // drains what is under way
+    executor.shutdown_async(Duration::from_secs(60)).await?; // waits for the saves in progress
 
     let newest = ashore::Catalog::open(&root)?.latest()?.expect("steps were saved");
     let weights = newest.read_as_async::<f32>("weights").await?;

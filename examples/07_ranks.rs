@@ -1,5 +1,5 @@
-//! Sharded training: every rank holds some rows, all of them save one checkpoint, and the job goes on with
-//! any number of ranks. Start it with `mpirun -n 4 PROGRAM ROOT`, or without a launcher; or with
+//! Sharded training. Every rank holds some rows, all ranks save one checkpoint, and the job can resume with
+//! any number of ranks. Start it without a launcher, with `mpirun -n 4 PROGRAM ROOT`, or with
 //! `torchrun --no-python --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint localhost:0 PROGRAM ROOT`.
 
 use ashore::ranks::{Member, SharedDirectory, launcher};
@@ -17,13 +17,13 @@ fn main() -> ashore::Result<()> {
     let launched = launcher::detect()?;
     let Member { rank, world, .. } = launched.unwrap_or(Member { rank: 0, world: 1, local_rank: 0 });
     let builder = CheckpointExecutor::builder(root).arena(4 << 20).chunk(1 << 20).keep_last(2).save_timeout(MINUTE / 3);
-    // The launcher gives the run its token; `.run(...)` would give another one.
+    // The run token comes from the launcher. `.run(...)` would set another token.
     let executor = match launched {
         Some(member) => builder.ranks(Arc::new(SharedDirectory::new(root, member)?)).build()?,
         None => builder.alone().build()?,
     };
 
-    // Each rank reads the bytes of its own rows only, however many ranks saved them.
+    // Each rank reads only the bytes of its own rows, however many ranks saved them.
     let mine = ROWS * rank as usize / world as usize..ROWS * (rank as usize + 1) / world as usize;
     let newest = executor.latest()?;
     let mut step = newest.as_ref().map_or(0, |newest| newest.step());

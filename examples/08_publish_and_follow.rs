@@ -1,5 +1,5 @@
-//! A trainer publishes weights, and two servers follow: one writes its only copy in place, one keeps two
-//! copies, so that readers never wait. In a program of their own they would be other processes or machines.
+//! A trainer publishes weights, and two servers follow. One server updates its only copy in place. The other
+//! keeps two copies, so that readers never wait. In real use the servers are other processes or machines.
 
 use ashore::chain::{Follow, Kind, Publisher, Switch, Weights};
 use ashore::{HostTensor, Result, StateDict};
@@ -14,7 +14,7 @@ fn train(root: &Path) -> Result<Vec<bf16>> {
     let mut weights = vec![bf16::ONE; 1 << 20];
     for version in 1..=VERSIONS {
         for weight in weights.iter_mut().skip(version as usize).step_by(100) {
-            *weight = bf16::from_bits(weight.to_bits() + 1); // a small update: one in 100, by the last place
+            *weight = bf16::from_bits(weight.to_bits() + 1); // a small update: the last place of one weight in 100
         }
         let mut state = StateDict::new();
         state.tensor("model.weight", HostTensor::new(Arc::new(weights.clone()), [1024, 1024]))?;
@@ -29,7 +29,7 @@ fn train(root: &Path) -> Result<Vec<bf16>> {
 
 fn serve(root: &Path, switch: Switch) -> Result<Vec<bf16>> {
     let mut follow = Follow::open(root)?.switch(switch).start(Weights::new())?;
-    let reader = follow.reader(); // what threads that serve would use
+    let reader = follow.reader(); // threads that serve requests would use this
     while follow.version() != Some(VERSIONS) {
         let version = follow.advance(LONG)?.expect("a version within a minute");
         if let Some(reader) = &reader {

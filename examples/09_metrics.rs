@@ -1,4 +1,4 @@
-//! Metrics for Prometheus: install a recorder, build the executor, save; then print what a scrape gets.
+//! Metrics for Prometheus. Installs a recorder, builds an executor, saves, and prints what a scrape gets.
 //!
 //! `cargo run --example 09_metrics --features metrics`
 
@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // Without buckets the exporter would make summaries, which cannot be added up over processes.
+    // Without buckets the exporter would export summaries, which cannot be added up over processes.
     let buckets = [0.0001, 0.001, 0.01, 0.1, 1.0, 10.0, 100.0];
     // A program that is scraped uses `install`, which serves HTTP (feature `http-listener` of the exporter).
     let recorder = PrometheusBuilder::new().set_buckets(&buckets)?.install_recorder()?;

@@ -1,8 +1,8 @@
-//! A training loop with a fast local tier and a shared tier behind it: a machine that dies loses only what
-//! was not promoted yet.
+//! A training loop with a fast local tier and a shared tier behind it. If the machine dies, only the steps
+//! that were not promoted yet are lost.
 //!
 //! Run `cargo run --example 10_tiers -- runs/fast runs/shared`, delete `runs/fast` as the loss of the machine
-//! would, and run it again: it goes on from the newest step in the shared tier.
+//! would, and run the command again: it resumes from the newest step in the shared tier.
 
 use ashore::tiers::Tier;
 use ashore::{CheckpointExecutor, StateDict};
@@ -10,7 +10,8 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 const LONG: Duration = Duration::from_secs(60);
 
-/// Trains `steps` steps; returns the step that it went on from, and the tier in which it found that.
+/// Trains `steps` steps. Returns the step from which the training resumed, and the tier in which that step
+/// was found.
 pub(crate) fn train(fast: &Path, shared: &Path, steps: u64) -> ashore::Result<(u64, Option<String>)> {
     let tier = Tier::at(shared.to_string_lossy()).named("shared").keep_last(20);
     let builder = CheckpointExecutor::builder(fast).arena(16 << 20).chunk(1 << 20).keep_last(2);
@@ -25,13 +26,13 @@ pub(crate) fn train(fast: &Path, shared: &Path, steps: u64) -> ashore::Result<(u
         let mut state = StateDict::new();
         state.tensor("weights", Arc::new(weights.clone()))?;
         let save = executor.save(step, state)?;
-        save.wait(LONG)?; // durable here: the process may die
-        let promoted = save.durable_in("shared"); // durable there, later: the machine may die
+        save.wait(LONG)?; // durable in the fast tier: the process may die
+        let promoted = save.durable_in("shared"); // once durable there, the machine may die
         if step == done + steps {
             println!("step {step} is in {}", promoted.wait(LONG)?.path.display());
         }
     }
-    executor.shutdown(LONG)?; // waits for promotions, and names what was not promoted
+    executor.shutdown(LONG)?; // waits for promotions; its error names steps that were not promoted
     Ok((done, found.and_then(|newest| newest.tier().map(str::to_owned))))
 }
 

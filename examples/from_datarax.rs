@@ -1,4 +1,5 @@
-//! Datarax's handler: a pipeline with a PRNG key and a name, saved by step and restored into an object.
+//! Coming from Datarax: its handler saves a pipeline with a PRNG key and a name by step, and restores it into
+//! an object.
 
 use ashore::compat::datarax::{Checkpointable, OrbaxCheckpointHandler, PrngKey, SaveArgs, State};
 

@@ -1,4 +1,5 @@
-//! earth2studio's session: a forecast that stops after some steps and resumes from its last flush, unchanged.
+//! Coming from earth2studio: a session with a forecast that stops after some steps and resumes from its last
+//! flush with the same results.
 
 use ashore::compat::earth2studio::{Checkpoint, Metadata, Mode, Tensor, checkpoint_state};
 use std::path::Path;
@@ -24,7 +25,7 @@ impl Forecast {
     }
 }
 
-/// Forecasts until `stop` hours; every second boundary is flushed while the next step computes.
+/// Forecasts until `stop` hours. Flushes every second boundary while the next step computes.
 fn forecast(path: &Path, stop: u32) -> ashore::Result<Forecast> {
     let checkpoint =
         Checkpoint::builder("demo").path(path).mode(Mode::Append).history_size(3).flush_interval(2).build()?;
@@ -46,7 +47,7 @@ fn forecast(path: &Path, stop: u32) -> ashore::Result<Forecast> {
 
 pub(crate) fn main() -> ashore::Result<()> {
     let (stopped, whole) = (tempfile::tempdir().expect("a place"), tempfile::tempdir().expect("a place"));
-    forecast(stopped.path(), 42)?; // the last boundary was not flushed: it is computed again
+    forecast(stopped.path(), 42)?; // the last boundary was not flushed: the next run computes it again
     let rows = Checkpoint::builder("demo").path(stopped.path()).build()?;
     assert_eq!(rows.select(-1)?.lead_time::<u32>()?, Some(36));
     assert_eq!(forecast(stopped.path(), 96)?, forecast(whole.path(), 96)?);

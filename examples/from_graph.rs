@@ -1,4 +1,5 @@
-//! A graph runner that is killed and resumes from its active set: the program runs itself and kills that run.
+//! A graph runner that is killed and resumes from its active set. The program starts itself as a child and
+//! kills the child.
 
 use ashore::compat::graph::{ActiveSnapshot, Checkpointer, Directory};
 use serde::{Deserialize, Serialize};
@@ -35,7 +36,7 @@ pub(crate) async fn run(store: &dyn Checkpointer<State>, supersteps: u64) -> ash
     }
     for step in first..supersteps {
         active = active.iter().flat_map(|it| node(&it.node_name, &mut state)).map(|name| task(name)).collect();
-        // Save the set first: if killed between the two, the run repeats this superstep.
+        // Save the active set first: a run that is killed between the two saves repeats this superstep.
         store.save_active(RUN, step + 1, &active).await?;
         store.save(RUN, step, &state).await?;
         println!("{step}");

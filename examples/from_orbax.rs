@@ -16,7 +16,7 @@ fn loss(metrics: &serde_json::Value) -> Option<f64> {
 }
 
 pub(crate) fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let directory = tempfile::tempdir()?; // dropped last, when the engine has ended
+    let directory = tempfile::tempdir()?; // dropped last, after the engine has ended
     let root = directory.path();
     let engine = Arc::new(CheckpointExecutor::builder(root).arena(16 << 20).chunk(1 << 20).build()?);
     let best = || BestN::new(Some(1), loss).reverse(true);
@@ -42,7 +42,7 @@ pub(crate) fn main() -> Result<(), Box<dyn std::error::Error>> {
     assert_eq!(Item::of(&newest, "model")?.read_as::<f32>("weights")?[0], 40.0);
     assert_eq!(Item::of(&newest, "dataloader")?.value::<u64>("position")?, 40);
 
-    // A handler may begin before the path of the step is known.
+    // A handler may begin a save before the path of the step is known.
     let (handler, deferred, signals) = (StandardCheckpointHandler::new(engine), DeferredPath::new(), Signals::new());
     let id = signals.next_operation_id(&[HandlerAwaitableSignal::StepDirectoryCreation]);
     let mut state = StateDict::new();

@@ -1,5 +1,5 @@
-//! Coming from torch's distributed checkpointing: `execute_save`, once with a staged state, once with a state
-//! that is still being staged and larger than the arena.
+//! Coming from torch's distributed checkpointing: `execute_save`, once with a staged state, and once with a
+//! state that is still being staged and is larger than the arena.
 
 use ashore::compat::torch::{AsyncCheckpointExecutor, ExecuteOptions, Staging, ThreadExecutor, ThreadGroup};
 use ashore::{Checkpoint, CheckpointExecutor, Dtype, Layout, StateDict};
@@ -34,7 +34,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     future.result(MINUTE)?.ok_or("no other save was under way")?;
     assert_eq!(executor.executor().checkpoint(200)?.read("head")?, vec![2; LEN]);
 
-    // A process group is the ranks of the engine: `execute_save` refuses another before it touches anything.
+    // A process group must consist of the engine's ranks. `execute_save` refuses any other group before it
+    // touches anything.
     let wrong = ExecuteOptions::new().checkpoint_id("step-300").process_group(ThreadGroup::new(2).remove(0));
     assert!(executor.execute_save(StateDict::new().into(), wrong).is_err());
     executor.close(MINUTE)?;

@@ -1,9 +1,10 @@
-//! The call thread: calls functions given to `Save::on_done` where no other thread may, those of saves that
-//! are given up or superseded.
+//! The call thread of an executor. It calls the functions given to `Save::on_done` of saves that are given up
+//! or superseded, because no other thread may call them.
 //!
-//! Each executor has one, with a queue of at most one entry per save that is under way. [`CallThread::close`]
-//! comes after the other threads of the executor have ended; then the thread runs the queued calls, and ends.
-//! A thread that ended a save before and hands its calls over only afterwards starts a thread for them alone.
+//! Each executor has one call thread, with a queue of at most one entry per save that is under way.
+//! [`CallThread::close`] comes after the other threads of the executor have ended. The call thread then runs
+//! the queued calls, and ends. A thread may end a save before the close and hand over its calls after it; it
+//! then starts a thread for these calls alone.
 //! **Locks.** No lock is held while a call runs.
 
 use crate::completion::{Calls, Signal};
@@ -20,7 +21,7 @@ pub(crate) const NAME: &str = "ashore-call";
 /// The tasks to wake and functions to call at the end of one save.
 type Told = Calls<Result<Outcome>>;
 
-/// The queue of the call thread; the thread ends when this is closed or dropped.
+/// The queue of the call thread. The thread ends when the queue is closed or dropped.
 #[derive(Debug)]
 pub(crate) struct CallThread {
     handed: Mutex<Option<Sender<Told>>>,
@@ -29,13 +30,13 @@ pub(crate) struct CallThread {
 }
 
 impl CallThread {
-    /// Makes the queue; `signal` is that of the executor.
+    /// Makes the queue. `signal` is the signal of the executor.
     pub fn new(signal: Arc<Signal>) -> Self {
         let (handed, queue) = unbounded();
         Self { handed: Mutex::new(Some(handed)), queue, signal }
     }
 
-    /// The body of the thread. It keeps nothing that would keep the queue open.
+    /// The body of the thread. It holds no sender, so it does not keep the queue open.
     pub fn body(&self) -> impl FnOnce() + Send + use<> {
         let (queue, signal) = (self.queue.clone(), self.signal.clone());
         move || {
@@ -44,7 +45,7 @@ impl CallThread {
         }
     }
 
-    /// Wakes tasks in the calling thread, which holds no lock, and makes the call thread call functions.
+    /// Wakes tasks in the calling thread, which holds no lock, and makes the call thread call the functions.
     pub fn hand(&self, mut calls: Told) {
         calls.wake();
         if calls.are_none() {
@@ -62,8 +63,8 @@ impl CallThread {
         drop(lock(&self.handed).take());
     }
 
-    /// Runs `calls` in a thread of their own, because other threads may wait for the calling one. If the
-    /// system has no more threads, they run in the calling one.
+    /// Runs `calls` in a thread of their own, because other threads may wait for the calling thread. If the
+    /// system has no more threads, the calls run in the calling thread.
     fn alone(&self, calls: Told) {
         let of_one = Self::new(self.signal.clone());
         of_one.hand(calls);

@@ -1,9 +1,9 @@
 //! A value that is set once. Any async runtime can await it; a thread can wait for it until a deadline.
 //!
-//! No thread and no polling per future: the cell keeps the wakers of tasks and the calls to make, and
-//! `event-listener` keeps the sleeping threads. The first value wins; a later waiter finds it.
+//! A future costs no thread and no polling: the cell keeps the wakers of tasks and the calls to make, and
+//! `event-listener` keeps the sleeping threads. The first value wins. A later waiter finds this value.
 //! **Locks.** Wakers and calls are code of the program. They are cloned, run and dropped while no lock of the
-//! cell is held, so they may read it at once, and their panics end no thread.
+//! cell is held, so they may read the cell at once. Their panics end no thread.
 
 use crate::error::Result;
 use crate::guard::logged;
@@ -27,7 +27,7 @@ pub(crate) fn deadline_after(timeout: Duration) -> Instant {
 /// A call to make with the value when it is set.
 type Call<T> = Box<dyn FnOnce(T) + Send>;
 
-/// The cell that both sides share.
+/// The cell that the setter and the waiters share.
 pub(crate) struct Completion<T> {
     state: Mutex<State<T>>,
     event: Event,
@@ -73,7 +73,7 @@ impl<T: Clone> Completion<T> {
         Some(Calls { wakers, calls, value })
     }
 
-    /// Runs `call` with the value when it is set, or now if it is set already.
+    /// Runs `call` with the value when the value is set, or at once if it is set already.
     pub fn on_value(&self, call: Box<dyn FnOnce(T) + Send>) {
         let mut state = lock(&self.state);
         match state.value.clone() {
@@ -98,7 +98,7 @@ impl<T: Clone> Completion<T> {
         self.wait_while(|listener| park(listener, deadline))
     }
 
-    /// Blocks the thread until the value is set. Only for waits that cannot be cut short without unsoundness.
+    /// Blocks the thread until the value is set. Only for waits that would be unsound to cut short.
     pub fn wait_forever(&self) -> Option<T> {
         self.wait_while(|listener| {
             listener.wait();
@@ -174,7 +174,7 @@ fn tell(code: impl FnOnce()) {
 #[derive(Debug)]
 pub(crate) struct Waiter<T: Clone> {
     cell: Arc<Completion<T>>,
-    /// The number under which the cell keeps a waker, or has kept it.
+    /// The number under which the cell keeps, or has kept, the waker of this waiter.
     number: Option<u64>,
 }
 

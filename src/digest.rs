@@ -1,8 +1,8 @@
-//! CRC-64/NVME: the digest of every staged byte, and how digests of adjacent byte runs combine.
+//! CRC-64/NVME: the digest of every staged byte. Digests of adjacent byte runs combine into one digest.
 //!
 //! Combining must be cheap, because a checkpoint of 40,000 tensors combines 40,000 digests per save.
-//! Appending `n` bytes multiplies the register by x^(8n) modulo the polynomial; a table of x^(8 * 2^k) makes
-//! that at most 64 carry-less multiplications of 64 bits, whatever `n` is.
+//! Appending `n` bytes multiplies the register by x^(8n) modulo the polynomial. With a table of x^(8 * 2^k)
+//! this takes at most 64 carry-less multiplications of 64 bits, for any `n`.
 
 mod flip;
 
@@ -33,7 +33,7 @@ impl Digest {
     pub fn then(self, next: Digest, next_len: u64) -> Self {
         match (self, next_len) {
             (_, 0) => self,
-            // Skips the multiplication: runs that are digested piece by piece begin with EMPTY.
+            // Skips the multiplication, because a run that is digested piece by piece begins with EMPTY.
             (Self::EMPTY, _) => next,
             _ => Self(times_x8n(self.0, next_len) ^ next.0),
         }

@@ -1,8 +1,9 @@
-//! Keeps locks, and the right to act, out of a child of fork(2).
+//! Keeps a child of fork(2) from holding the locks of its parent, and from acting in its parent's place.
 //!
-//! A forked child has copies of all descriptors, and a copy keeps a flock(2) after the parent died: no sweep
-//! would ever remove the parent's attempts. So a handler in the child closes the descriptors that hold locks,
-//! and counts the fork. An object with a [`ForkGuard`] compares that count, and refuses to act in a child.
+//! A forked child has copies of all descriptors. A copy keeps a flock(2) after the parent died, so no sweep
+//! would ever remove the parent's attempts. A handler in the child therefore closes the descriptors that hold
+//! locks, and counts the fork. An object with a [`ForkGuard`] compares this count with the count at its
+//! creation, and refuses to act in a child.
 //!
 //! # Safety argument
 //! The handler runs in the child of a process that may have many threads, where only async-signal-safe calls
@@ -47,7 +48,8 @@ impl ForkGuard {
     }
 }
 
-/// Counts the forks between this process and the one that loaded this crate, from the crate's first use on.
+/// Returns the number of forks between the process that loaded this crate and this process, counted from the
+/// crate's first use on.
 fn generation() -> u64 {
     static WATCH: Once = Once::new();
     WATCH.call_once(|| {
@@ -61,7 +63,7 @@ fn generation() -> u64 {
     GENERATION.load(Ordering::Relaxed)
 }
 
-/// Registers a descriptor before it gets a lock; false when the table is full.
+/// Registers a descriptor before it gets a lock. Returns false when the table is full.
 pub(crate) fn register(fd: i32) -> bool {
     generation();
     LOCKS.iter().any(|slot| slot.compare_exchange(FREE, fd, Ordering::AcqRel, Ordering::Relaxed).is_ok())

@@ -3,8 +3,8 @@
 use crate::error::{Error, Result};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// Runs user code and turns a panic into an error: it must not end a thread, or drop memory that a device
-/// still reads.
+/// Runs user code and turns a panic into an error. A panic must not end a thread, or drop memory that a
+/// device still reads.
 pub(crate) fn guarded<T>(what: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err(Error::internal(what)))
 }

@@ -6,8 +6,8 @@ use std::borrow::Cow;
 use std::fmt;
 use uuid::Uuid;
 
-/// Identity of one try to write a step. Two tries never share it, in any process, so bytes of different tries
-/// never mix.
+/// Identity of one try to write a step. Two tries never share an identity, in any process, so bytes of
+/// different tries never mix.
 ///
 /// ```
 /// use ashore::Attempt;
@@ -30,17 +30,17 @@ impl Attempt {
         Self(uuid)
     }
 
-    /// The bits of its UUID, of which the first hex digit is the highest.
+    /// The bits of its UUID. The first hex digit has the highest bits.
     pub(crate) fn to_u128(self) -> u128 {
         self.0.as_u128()
     }
 
-    /// The attempt of these bits.
+    /// The attempt with these bits.
     pub(crate) fn from_u128(bits: u128) -> Self {
         Self(Uuid::from_u128(bits))
     }
 
-    /// Parses the hyphenated lower-case form that [`fmt::Display`] writes, and no other.
+    /// Parses only the hyphenated lower-case form that [`fmt::Display`] writes.
     pub fn parse(text: &str) -> Option<Self> {
         let attempt = Self(Uuid::try_parse(text).ok()?);
         (attempt.to_string() == text).then_some(attempt)
@@ -54,8 +54,8 @@ impl<'de> Deserialize<'de> for Attempt {
     }
 }
 
-/// Generates attempts without a system call each: it counts up from a random start, so they are as unique as
-/// random ones.
+/// Generates attempts without a system call for each. It counts up from a random start, so the attempts are
+/// as unique as random ones.
 #[derive(Debug)]
 pub(crate) struct Attempts(u128);
 
@@ -104,10 +104,11 @@ pub fn parse_step_name(name: &str) -> Option<u64> {
     if plain { digits.parse().ok() } else { None }
 }
 
-/// What the name of a full version ends in that stands beside a delta of its number.
+/// The end of the name of a full version that stands beside a delta of the same number.
 const FULL: &str = ".full";
 
-/// The directory name of a version of a chain: `v-00000042`; with `beside`, that of a full beside a delta.
+/// The directory name of a version of a chain: `v-00000042`; with `beside`, the name of a full beside a
+/// delta.
 pub fn version_name(number: u64, beside: bool) -> String {
     format!("v-{number:08}{}", if beside { FULL } else { "" })
 }

@@ -1,5 +1,5 @@
-//! Items that tests, programs and fuzz targets of this repository need beyond the API: not part of it, and
-//! free to change.
+//! Items that tests, programs and fuzz targets of this repository need beyond the API. They are not part of
+//! the API, and may change at any time.
 
 pub mod delta {
     pub use crate::delta::{How, Manifest, Numbers, Patch, apply, check, encode};
@@ -18,8 +18,8 @@ pub mod format {
     };
 }
 pub mod messages {
-    /// Reads bytes as each kind of message between ranks. Panics when one that is accepted is not written
-    /// again as it was.
+    /// Reads bytes as each kind of message between ranks. Panics when an accepted message, written again,
+    /// differs from these bytes.
     pub fn read(bytes: &[u8]) {
         crate::ranks::read_any(bytes);
         crate::commit::several::read_any(bytes);

@@ -45,7 +45,7 @@
 //! | save views of memory | [`RawHost::strided`], [`RawDevice::strided`]; [`HostTensor::from_owner`] for bytes of any owner |
 //! | save while computing | [`CheckpointExecutor::save`], then [`fence`](CheckpointExecutor::fence) before writing tensors |
 //! | save borrowed tensors | [`CheckpointExecutor::scope`] |
-//! | learn how a save ended | [`Save`], a future of [`Outcome`]; [`Save::staged`] resolves when tensors may be written |
+//! | learn how a save ended | [`Save`], a future of [`Outcome`]; [`Save::staged`] resolves when the tensors may be written |
 //! | restore | [`CheckpointExecutor::latest`], [`Checkpoint::open`], [`Checkpoint::read_into`] host or GPU memory, packed or strided ([`HostTarget`], [`DeviceTarget`]) |
 //! | restore past damage | [`CheckpointExecutor::latest_valid`], which reports the damaged steps it skipped; [`OnDamaged`] |
 //! | see, check and delete steps | [`Catalog`], [`Checkpoint::verify`], [`Retention`], [`catalog::Best`] |
@@ -53,7 +53,7 @@
 //! | finish or abandon saves on SIGTERM | [`sigterm::Sigterm`] |
 //! | publish weights to other programs | [`chain::Publisher`], [`CheckpointExecutor::publish_delta`], [`chain::Follow`] |
 //! | store steps elsewhere | [`storage::Storage`] |
-//! | migrate from another library | [`compat`]: its interface, on this engine |
+//! | migrate from another library | [`compat`]: the interfaces of other libraries, on this engine |
 //!
 //! # What is promised
 //!
@@ -71,11 +71,12 @@
 //!
 //! # Before the tensors change
 //!
-//! A save reads its tensors until the *fence*. A forgotten fence is impossible for sources that the program
-//! cannot write while the save holds them (an `Arc`, a borrowed slice): `Arc::get_mut` returns `None`. Raw
-//! memory ([`RawHost`]) has no such protection, so the first saves compare digests taken at `save` with the
-//! staged bytes ([`Detect`]); a difference fails the save and names the tensor. Small raw tensors such as
-//! step counters are copied at `save` ([`Capture`]), because programs tend to write them before the fence.
+//! A save reads its tensors until the *fence*. Some sources cannot be written while the save holds them: an
+//! `Arc`, whose `Arc::get_mut` returns `None`, and a borrowed slice. The program cannot forget the fence for
+//! these. Raw memory ([`RawHost`]) has no such protection, so the first saves compare digests taken at `save`
+//! with the staged bytes ([`Detect`]). A difference fails the save and names the tensor. Small raw tensors
+//! such as step counters are copied at `save` ([`Capture`]), because programs tend to write them before the
+//! fence.
 //!
 //! # Which calls block
 //!
@@ -146,20 +147,20 @@
 //! the GPU digests the other tensors, so that a forgotten fence fails the save. Strided tensors
 //! ([`RawDevice::strided`]) are saved packed.
 //!
-//! [`Builder::scratch`] reserves GPU memory for late copies, so that a fence waits for little; this is
+//! [`Builder::scratch`] reserves GPU memory for late copies, which shortens the wait of a fence. This is
 //! experimental. [`DeviceChoice::Auto`] uses the GPU of the current context, or of the first tensor in GPU
-//! memory that is saved, and touches no GPU before that. Without a driver or a device the host copies; an
-//! executor that was given [`DeviceChoice::Cuda`] then fails to build. None of this has run on a GPU yet: it
-//! was tested on a simulated driver.
+//! memory that is saved. It touches no GPU before that. Without a driver or a device, the host copies; with
+//! [`DeviceChoice::Cuda`], building the executor fails instead. None of this has run on a GPU yet: it was
+//! tested on a simulated driver.
 //!
 //! # Features
 //!
-//! `cuda` and `uring` are on by default, and used where the machine has them. `cudarc` adds sources over its
-//! types. `testing` adds the module of that name: a device that copies late, and the conformance suites for
-//! storage, for coordinators of ranks and for graph checkpointers. `sqlite` adds a store for many small graph
-//! states. `tokio` adds async forms of the calls that block: [`adapters`]. `etcd` and `mpi` add coordinators
-//! ([`ranks`]); `mpi` needs an installed MPI and libclang to build. `zstd` compresses the
-//! deltas of a [`chain`].
+//! `cuda` and `uring` are on by default, and are used where the machine supports them. `cudarc` adds sources
+//! over the types of that crate. `testing` adds a module of the same name: a device that copies late, and
+//! conformance suites for storage, for coordinators of ranks and for graph checkpointers. `sqlite` adds a
+//! store for many small graph states. `tokio` adds async forms of the calls that block (see [`adapters`]).
+//! `etcd` and `mpi` add coordinators ([`ranks`]); `mpi` needs an installed MPI and libclang to build. `zstd`
+//! compresses the deltas of a [`chain`].
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!(

@@ -15,11 +15,11 @@ pub(crate) enum Mutant {
     /// Clones of files of older steps are not fsynced.
     // seen by: storage::adopting
     CloneFsync,
-    /// A chunk of a file that is predicted to be unchanged is taken for unchanged without a look at its
+    /// A chunk of a file that is predicted to be unchanged counts as unchanged, without a check of its
     /// digests.
     // seen by: saves::unchanged
     StaleChunk,
-    /// The row of a linked file names the step that links to it, and not the one that wrote it.
+    /// The row of a linked file names the step that links to the file, and not the step that wrote it.
     // seen by: saves::unchanged
     LinkedOrigin,
     /// A file that is copied from an older step is not compared with its digests.
@@ -46,16 +46,16 @@ pub(crate) enum Mutant {
     /// Rank 0 publishes before it has the receipts of all ranks.
     // seen by: several::
     Receipts,
-    /// Rank 0 takes a receipt of another attempt, or of another plan.
+    /// Rank 0 accepts a receipt for another attempt, or for another plan.
     // seen by: several::
     ReceiptCheck,
     /// Rank 0 does not compare the digests of replicas.
     // seen by: ranks::
     Replicas,
-    /// Rank 0 tells that the step is durable before it is.
+    /// Rank 0 reports that the step is durable before it is.
     // seen by: several::
     ToldFirst,
-    /// Rank 0 does not look whether its session is the newest.
+    /// Rank 0 does not check whether its session is the newest.
     // seen by: several::
     Zombie,
     /// A rank whose deadline passes after its receipt reports a failure without a veto.
@@ -85,15 +85,15 @@ pub(crate) enum Mutant {
     /// F is read before the completion event of a chunk, not after.
     // seen by: cuda::late_copies
     LatchEarly,
-    /// A fence's kernel takes the watermark of earlier saves for this one's.
+    /// A fence's kernel uses the watermark of earlier saves as the watermark of this save.
     #[cfg(feature = "cuda")]
     // seen by: cuda::late_copies
     Watermark,
-    /// A device's clock is taken to be an hour from where it is.
+    /// A device's clock is read with an error of one hour.
     #[cfg(feature = "cuda")]
     // seen by: cuda::traced
     Anchor,
-    /// A stream waits at a fence for the kernels of its own device alone.
+    /// A stream waits at a fence only for the kernels of its own device.
     // seen by: cuda::several_devices::cuda_stream_of_one_gpu
     OwnKernels,
     /// Streams do not wait for queued copies at the end of a scope.
@@ -147,16 +147,16 @@ pub(crate) enum Mutant {
     /// A prune verifies none of the steps that it keeps.
     // seen by: catalog::prune_soundness
     PruneBlind,
-    /// A delta is put on a version whose publish has not ended.
+    /// A delta uses as its base a version whose publish has not ended.
     // seen by: a_version_that_was_not_published_is_no_base
     ChainOrder,
-    /// A publisher goes on from a version although it is unknown whether that was published.
+    /// A publisher continues from a version although it is unknown whether the version was published.
     // seen by: after_an_unclear_publish_the_next_version_is_a_full
     ChainUnclear,
-    /// Old versions are removed because of a full that is visible and not known to be durable.
+    /// Old versions are removed because of a full that is visible but not known to be durable.
     // seen by: nothing_is_removed_behind_a_full_that_a_crash_can_take
     ChainPruneVisible,
-    /// A publisher that goes back uses numbers again.
+    /// A publisher that goes back to an earlier version uses version numbers again.
     // seen by: going_back_is_a_full_under_the_next_number
     ChainOldNumber,
     /// A follower neither makes a version durable nor compares digests.
@@ -165,19 +165,19 @@ pub(crate) enum Mutant {
     /// A sweep ignores locks.
     // seen by: storage::sweeping
     SweepLock,
-    /// A change of a root object that the store says it refused is taken for lost.
+    /// A change of a root object that the store reports as refused counts as lost.
     #[cfg(feature = "object-store")]
     // seen by: faults::a_refusal_of_a_root
     StoreLossIsCertain,
-    /// A change of a root object that has no answer is taken for failed.
+    /// A change of a root object that gets no answer counts as failed.
     #[cfg(feature = "object-store")]
     // seen by: faults::a_commit_that_landed
     StoreTimeoutIsFailure,
-    /// The root object has the same content as before when a step has come and gone.
+    /// After a step was added and deleted, the root object has the same content as before.
     #[cfg(feature = "object-store")]
     // seen by: faults::the_root_object_never
     StoreContentReturns,
-    /// A sweep deletes attempts of the newest session that it does not know.
+    /// A sweep deletes unknown attempts of the newest session.
     #[cfg(feature = "object-store")]
     // seen by: sessions::a_sweep_leaves_attempts
     StoreSweepsOwnGeneration,
@@ -190,7 +190,7 @@ pub(crate) enum Mutant {
     /// A session begins with the metadata of the row that it resumes from.
     // seen by: compat::earth2studio
     ResumeMetadata,
-    /// A save is told that its step is durable in a tier before it is.
+    /// A save reports that its step is durable in a tier before it is.
     // seen by: a_promotion_is_told_only_after
     PromoteEarly,
     /// Steps of every session are promoted.

@@ -1,7 +1,7 @@
 //! Tells which executor the calling thread belongs to.
 //!
 //! Wakers, and functions given to `Save::on_done`, run on threads of the executor. Such a thread must not
-//! wait for the end of a save, or for a thread: its own work may be what completes it.
+//! wait for the end of a save, or for a thread: that end may depend on its own work.
 
 use crate::completion::Signal;
 use std::cell::OnceCell;

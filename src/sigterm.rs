@@ -1,10 +1,11 @@
 //! SIGTERM: what happens to saves when the machine is about to be taken away.
 //!
-//! **Protocol.** The first signal stops the admission of saves, and finishes, promotes or abandons those in
-//! progress, until a deadline. Then the hook reports, and the program ends or goes on; if it goes on, the
-//! next signal has the effect that it had before the hook was installed. A second signal before the report
-//! abandons the remaining saves at once.
-//! **Deadline.** One second after it the program ends, even if a storage or a report hangs.
+//! **Protocol.** The first signal stops the admission of saves. The hook then finishes, promotes or abandons
+//! the saves in progress, until a deadline, and reports. After that the program ends or continues. If it
+//! continues, the next signal has the effect that it had before the hook was installed. A second signal
+//! before the report abandons the remaining saves at once.
+//! **Deadline.** A program that is to end does so at most one second after the deadline, even if a storage or
+//! a report hangs.
 //! **Fork.** A forked child has no hook: the signal has its earlier effect there, and dropping the child's
 //! copy of a hook does nothing.
 //! **Ownership.** A hook does not keep its executor alive: the program's last `Arc` waits for saves in
@@ -35,20 +36,20 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
-/// How long after the deadline a program that is to end does so, even if something hangs.
+/// A program that is to end does so at most this long after the deadline, even if something hangs.
 const GRACE: Duration = Duration::from_secs(1);
 
 /// What happens to saves in progress.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OnTerm {
-    /// All of them are finished.
+    /// All saves in progress are finished.
     #[default]
     Finish,
-    /// The newest staged state is finished, or a newer one that was [offered](Sigterm::offer). The others are
-    /// cancelled, so that it has the storage's full bandwidth.
+    /// The newest staged state is finished, or a newer state that was [offered](Sigterm::offer). The other
+    /// saves are cancelled, so that this save has the full bandwidth of the storage.
     Promote,
-    /// All of them are cancelled.
+    /// All saves in progress are cancelled.
     Abandon,
 }
 
@@ -80,8 +81,8 @@ pub struct Report {
     pub finished: Vec<u64>,
     /// Steps that were in progress and did not become durable, oldest first, and why.
     pub lost: Vec<(u64, Error)>,
-    /// What each tier behind the executor's root has and lacks. Of steps that were not promoted before the
-    /// signal, only the newest durable one is promoted, until the deadline.
+    /// Which steps each tier behind the executor's root has and lacks. Of the steps that were not promoted
+    /// before the signal, only the newest durable step is promoted, until the deadline.
     pub tiers: Vec<TierReport>,
     /// A second signal or the deadline ended the saves, or the promotion, early.
     pub cut_short: bool,
@@ -116,7 +117,7 @@ type Tell = Box<dyn Fn(&Report) + Send + Sync>;
 #[must_use = "nothing happens until `install`"]
 pub struct SigtermBuilder {
     executor: Weak<CheckpointExecutor>,
-    /// Upgradable while the executor's drop waits for saves, when the executor itself no longer is.
+    /// Can be upgraded while the executor's drop waits for saves. The reference to the executor cannot.
     threads: Weak<Threads>,
     catalog: Catalog,
     timeout: Duration,
@@ -144,7 +145,8 @@ impl SigtermBuilder {
         self
     }
 
-    /// Sets what receives the report, before the program ends. Default: prints a line to stderr.
+    /// Sets the function that receives the report before the program ends. Default: it prints a line to
+    /// stderr.
     pub fn report(mut self, tell: impl Fn(&Report) + Send + Sync + 'static) -> Self {
         self.tell = Box::new(tell);
         self
@@ -214,8 +216,8 @@ impl Default for HookState {
 /// # Ok::<(), ashore::Error>(())
 /// ```
 ///
-/// Dropping it removes the hook. If saves are being drained, the drop waits for that first, so that a program
-/// whose `main` returns meanwhile loses nothing and ends as [`Exit`] says.
+/// Dropping the value removes the hook. If saves are being drained, the drop first waits for the end of the
+/// drain. A program whose `main` returns meanwhile then loses nothing and ends as [`Exit`] says.
 #[derive(Debug)]
 pub struct Sigterm {
     shared: Arc<HookState>,
@@ -264,8 +266,7 @@ impl Sigterm {
         lock(&self.shared.offered).take()
     }
 
-    /// True when the signal has arrived. No save begins after that: its handle resolves to
-    /// `Outcome::Skipped`.
+    /// True when the signal has arrived. No later save begins: its handle resolves to `Outcome::Skipped`.
     pub fn requested(&self) -> bool {
         self.shared.requested.load(Ordering::Acquire)
     }
@@ -275,7 +276,7 @@ impl Sigterm {
         self.shared.report.get()
     }
 
-    /// A future of what happened to the saves. It waits until a signal arrives and the saves have ended.
+    /// Returns a future of the report. It resolves when a signal has arrived and the saves have ended.
     pub fn reported(&self) -> impl Future<Output = Report> + Send + 'static + use<> {
         Waiter::new(self.shared.report.clone())
     }
@@ -339,7 +340,7 @@ fn listen(listener: &Arc<Listener>, mut signals: UnixStream) {
     match hook.exit {
         Exit::Return => {
             drop(lock(&shared.hook).take());
-            // Only if the drain panicked or hangs is there no report yet.
+            // A report is missing here only if the drain panicked or hangs.
             shared.report.complete(Report { cut_short: true, ..Report::default() });
         }
         Exit::Code { durable, lost } => low_level::exit(if kept { durable } else { lost }),
@@ -369,7 +370,7 @@ impl Listener {
                 saves.iter().filter(|save| Some(save.step()) != kept).for_each(cancel);
             }
         }
-        // Drop it before any wait: if it is the last `Arc`, its drop waits for saves, too.
+        // Drop the executor before any wait: if this is the last `Arc`, the drop waits for saves, too.
         drop(executor);
         for save in &saves {
             let ended = loop {
@@ -393,7 +394,7 @@ impl Listener {
         report.finished.sort_unstable();
         report.lost.sort_by_key(|(step, _)| *step);
         let newest = hook.catalog.latest().ok().flatten();
-        // A tier gets no step under another name.
+        // A step under another name is not promoted to a tier.
         let named = newest.as_ref().is_some_and(|newest| newest.name() == step_name(newest.step()));
         report.durable = newest.map(|newest| (newest.step(), newest.path().to_owned()));
         if let Some(behind) = &behind {
@@ -452,7 +453,8 @@ fn promoted(behind: &Behind, newest: u64, deadline: Instant, again: &AtomicBool)
 /// Returns how the save ended, if it ends within `timeout`.
 fn slice(save: &Save, timeout: Duration) -> Result<Result<Outcome>, ()> {
     match save.wait(timeout) {
-        // Either the save's deadline or that of this wait: `try_get` tells whether the save has ended.
+        // The save's deadline or the deadline of this wait has passed. `try_get` tells whether the save has
+        // ended.
         Err(error) if error.kind() == ErrorKind::Deadline => save.try_get().ok_or(()),
         ended => Ok(ended),
     }

@@ -18,8 +18,8 @@ pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexG
     condvar.wait(guard).unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Waits for notifications with the lock released while `on` is true, at most for `limit`. Returns true when
-/// it still is.
+/// Waits for notifications with the lock released while `on` is true, at most for `limit`. Returns true if it
+/// is still true at the end.
 pub(crate) fn wait_while_for<'a, T>(
     condvar: &Condvar,
     mut guard: MutexGuard<'a, T>,

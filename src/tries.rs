@@ -1,5 +1,5 @@
-//! Experimental ways of staging that the benchmarks compare on a GPU. Each is off and is not a setting. The
-//! faster way becomes the library's behaviour, and its switch is removed.
+//! Switches for experimental ways of staging, which the benchmarks compare on a GPU. Each switch is off and
+//! is not a setting. The faster way becomes the library's behaviour, and its switch is removed.
 
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +13,7 @@ pub static SHARP_TIMERS: AtomicBool = AtomicBool::new(false);
 pub(crate) fn sharpen(now: &mut bool) {
     let sharp = SHARP_TIMERS.load(Ordering::Relaxed);
     if *now != sharp {
-        // None is the thread's default. A kernel that refuses changes nothing.
+        // None means the thread's default slack. If the kernel refuses the call, nothing changes.
         _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1).filter(|_| sharp));
         *now = sharp;
     }

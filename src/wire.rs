@@ -19,7 +19,7 @@ const KINDS: [ErrorKind; 12] = [
     ErrorKind::Internal,
 ];
 
-/// An [`Error`] as data. Its message includes those of its sources.
+/// An [`Error`] as data. Its message includes the messages of its sources.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct WireError {
     kind: String,
@@ -43,15 +43,17 @@ impl From<&Error> for WireError {
     }
 }
 
-/// Bounds of an error that fits a message between ranks, however its text is escaped.
+/// Limits of the text and the path of an error, so that it fits a message between ranks however the text is
+/// escaped.
 const MAX_TEXT: usize = 400;
 const MAX_PATH: usize = 100;
 const MAX_RANKS: usize = 64;
 
-// No `From` for `Error`: a second `From` implementation would break type inference where users rely on the
-// only one.
+// There is no `From` for `Error`: a second `From` implementation would break type inference where users rely
+// on there being one.
 impl WireError {
-    /// An error of `rank`, unless it names other ranks, short enough for a message between ranks.
+    /// An error that names `rank`, unless it names other ranks already. It is cut to fit a message between
+    /// ranks.
     pub fn of_rank(error: &Error, rank: u32) -> Self {
         let mut this = Self::from(&error.clone().with_rank(rank));
         let end = (0..=MAX_TEXT.min(this.message.len())).rev().find(|end| this.message.is_char_boundary(*end));
@@ -61,7 +63,7 @@ impl WireError {
         this
     }
 
-    /// Whether `rank` is one of the ranks concerned.
+    /// Whether `rank` is one of the ranks that the error names.
     pub fn names(&self, rank: u32) -> bool {
         self.ranks.contains(&rank)
     }

@@ -1,8 +1,8 @@
-//! burn's own training loop, which may be killed at any moment, and continues from its newest durable epoch
-//! as if it had not been.
+//! The training loop of burn. It may be killed at any moment, and then continues from its newest durable
+//! epoch as if it had not been killed.
 //!
 //! `cargo run --features learner --example learner -- runs/a 30` trains up to epoch 30. With
-//! `--forget-optimizer` it resumes with a new optimizer, which gives another result.
+//! `--forget-optimizer` it resumes with a new optimizer, which gives a different result.
 
 use ashore_burn::Epochs;
 use ashore_burn::ashore::CheckpointExecutor;
@@ -53,7 +53,7 @@ impl InferenceStep for Model {
     }
 }
 
-/// Makes inputs of numbers between -1 and 1, the same for the same seeds.
+/// Makes inputs of numbers between -1 and 1. They are the same for the same seeds.
 struct Noise;
 
 impl Batcher<u64, Tensor<2>> for Noise {
@@ -74,7 +74,7 @@ fn data() -> Arc<dyn DataLoader<Tensor<2>>> {
     DataLoaderBuilder::new(Noise).batch_size(8).build(InMemDataset::new((0..24).collect()))
 }
 
-/// A training whose own logs go to `logs`.
+/// A training that writes its own logs to `logs`.
 pub fn training(logs: &Path) -> SupervisedTraining<Model> {
     SupervisedTraining::new(logs, data(), data())
         .with_metric_logger(InMemoryMetricLogger::new())
@@ -85,7 +85,7 @@ fn optimizer() -> ModuleOptimizer {
     AdamConfig::new().init()
 }
 
-/// Model, optimizer and schedule as they begin.
+/// The initial model, optimizer and schedule.
 pub fn learner() -> Result<Learner<Model>, Box<dyn Error>> {
     let device = Device::default().autodiff();
     device.seed(7);
@@ -118,7 +118,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(executor.shutdown(Duration::from_secs(60))?)
 }
 
-/// Tells when an epoch is about to be saved.
+/// Prints when an epoch is about to be saved.
 struct Told(KeepLastNCheckpoints);
 
 impl CheckpointingStrategy for Told {
@@ -128,7 +128,7 @@ impl CheckpointingStrategy for Told {
     }
 }
 
-/// The checkpointer of the optimizer, which restores a new one if it `forgets`.
+/// The checkpointer of the optimizer. It restores a new optimizer if it `forgets`.
 struct MayForget {
     epochs: Epochs,
     forgets: bool,

@@ -1,8 +1,8 @@
-//! A training that may be killed at any moment, and continues from its newest durable epoch as if it had not
-//! been.
+//! A training that may be killed at any moment. It then continues from its newest durable epoch as if it had
+//! not been killed.
 //!
 //! `cargo run --example train -- runs/a 30` trains up to epoch 30. With `--forget-optimizer` it resumes with
-//! a new optimizer, which gives another result.
+//! a new optimizer, which gives a different result.
 
 use ashore_burn::Training;
 use ashore_burn::ashore::{CheckpointExecutor, Outcome};
@@ -74,7 +74,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(executor.shutdown(Duration::from_secs(60))?)
 }
 
-/// Numbers between -1 and 1, the same for the same seed: nothing of the data has to be saved but the epoch.
+/// Numbers between -1 and 1, the same for the same seed. So the epoch is all of the data's state that has to
+/// be saved.
 fn noise(seed: u64, shape: [usize; 2], device: &Device) -> Tensor<2> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let numbers = (0..shape[0] * shape[1]).map(|_| {

@@ -1,11 +1,11 @@
-//! Dtypes of burn, and those of safetensors that store them.
+//! Dtypes of burn, and the dtypes of safetensors that store them.
 
 use crate::invalid;
 use ashore::{Dtype, Result};
 use burn::tensor::{BoolStore, DType};
 
-/// The dtype that stores elements of `dtype`. Several of burn's have the same; a record keeps burn's own
-/// beside the tensor.
+/// The dtype that stores elements of `dtype`. Several of burn's dtypes are stored in the same dtype; a record
+/// keeps burn's own dtype beside the tensor.
 pub(crate) fn stored(dtype: DType) -> Result<Dtype> {
     Ok(match dtype {
         DType::F64 => Dtype::F64,

@@ -1,4 +1,4 @@
-//! The three checkpointers of burn's training loop as one.
+//! Combines the three checkpointers of burn's training loop into one.
 
 use crate::record::{Record, packed, put_packed, record};
 use ashore::catalog::Pruned;
@@ -9,23 +9,23 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// The records that burn saves of an epoch: of model, optimizer and scheduler.
+/// The number of records that burn saves per epoch: of the model, the optimizer and the scheduler.
 const RECORDS: usize = 3;
 
-/// burn's `Checkpointer` for model, optimizer and scheduler: the three records of an epoch become one durable
-/// step, whose number is that of the epoch. The step has the form of [`Training`](crate::Training), which can
-/// restore it, too.
+/// burn's `Checkpointer` for model, optimizer and scheduler. The three records of an epoch become one durable
+/// step, whose number is the number of the epoch. The step has the same form as a step of
+/// [`Training`](crate::Training), which can restore it too.
 ///
-/// Give clones of one `Epochs` to `SupervisedTraining::with_custom_checkpointers`, for all three, and make
-/// another one for another training. burn calls them in threads of their own:
+/// Give clones of one `Epochs` to `SupervisedTraining::with_custom_checkpointers`, for all three. Create a
+/// new `Epochs` for each training. burn calls the checkpointers in separate threads:
 ///
 /// - **Saving.** The call that brings the last of the three records begins the save, and returns when the
-///   step is durable. The training goes on meanwhile, until it saves the next epoch. An epoch of which a
-///   record cannot be packed is not saved. A step that exists is replaced.
+/// step is durable. The training continues meanwhile, until it saves the next epoch. An epoch is not saved if
+/// one of its records cannot be packed. A step that exists is replaced.
 /// - **Deleting.** An epoch that a strategy of burn deletes stays until another step is durable. Steps that
-///   people have marked keep stay.
-/// - **Failures** end the training, and are in the `error` of its result. When `launch` returns without one,
-///   the last epoch that was saved is durable.
+/// people have marked keep stay.
+/// - **Failures** end the training, and are in the `error` of its result. When `launch` returns without an
+/// error, the last epoch that was saved is durable.
 ///
 /// ```
 /// use ashore_burn::{Epochs, ashore::CheckpointExecutor};
@@ -50,15 +50,16 @@ pub struct Epochs(Arc<Shared>);
 
 struct Shared {
     executor: Arc<CheckpointExecutor>,
-    /// Records by epoch and name, of epochs of which one is missing. None could not be packed.
+    /// Records by epoch and name, of epochs that still lack a record. A record is None if it could not be
+    /// packed.
     arrived: Mutex<BTreeMap<u64, Vec<(&'static str, Option<Bytes>)>>>,
-    /// Epochs to delete once another step is durable. Locked while they are deleted, so that an epoch whose
-    /// deletion is refused is seen by the save that ends next.
+    /// Epochs to delete once another step is durable. Locked while they are deleted, so that the save that
+    /// ends next sees an epoch whose deletion was refused.
     doomed: Mutex<BTreeSet<u64>>,
 }
 
 impl Epochs {
-    /// The checkpointers of one training, whose steps `executor` saves.
+    /// Creates the checkpointers of one training. `executor` saves its steps.
     pub fn new(executor: impl Into<Arc<CheckpointExecutor>>) -> Self {
         Self(Arc::new(Shared { executor: executor.into(), arrived: Mutex::default(), doomed: Mutex::default() }))
     }
@@ -104,12 +105,12 @@ impl Shared {
             put_packed(&mut state, name, packed)?;
         }
         let save = self.executor.save_with(step, state, SaveOptions::default().overwrite())?;
-        // It ends at its own deadline, the setting `save_timeout`.
+        // The save ends at its own deadline, the setting `save_timeout`.
         save.wait(Duration::MAX)?;
         self.delete(None)
     }
 
-    /// Deletes an epoch, and those whose deletion was refused before.
+    /// Deletes an epoch, and the epochs whose deletion was refused before.
     fn delete(&self, step: Option<u64>) -> Result<()> {
         let mut doomed = locked(&self.doomed);
         doomed.extend(step);
@@ -118,7 +119,7 @@ impl Shared {
             let deleted = self.executor.catalog().delete(step, PruneOptions::new()).and_then(Pruned::complete);
             match deleted.map_err(|e| (e.kind(), e)) {
                 Ok(_) | Err((ErrorKind::NotFound, _)) => false,
-                // The only durable step, or marked keep.
+                // The step is the only durable one, or is marked keep.
                 Err((ErrorKind::Invalid, _)) => true,
                 Err((_, error)) => {
                     result = Err(error);

@@ -14,7 +14,7 @@ pub use training::Training;
 /// The engine, in the version that this crate was built with.
 pub use ashore;
 
-/// An error of the caller's making.
+/// An error that the caller caused.
 fn invalid(message: impl Into<String>) -> ashore::Error {
     ashore::Error::new(ashore::ErrorKind::Invalid, message)
 }

@@ -1,4 +1,4 @@
-//! Records of burn as named tensors and one value.
+//! Converts records of burn to named tensors and one value.
 
 use crate::{dtype, invalid};
 use ashore::{Checkpoint, HostTensor, Result, StateDict, Targets};
@@ -10,7 +10,7 @@ use burn_pack::{Reader, Scalar, Tensor, Writer};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// A record of burn: of a module, an optimizer or a scheduler. Sealed.
+/// A record of burn, of a module, an optimizer or a scheduler. This trait is sealed.
 pub trait Record: Sized + sealed::Sealed {
     /// The name of such a record in the steps of [`Training`](crate::Training).
     #[doc(hidden)]
@@ -50,10 +50,10 @@ records! {
     LrSchedulerRecord, "scheduler";
 }
 
-/// What a record has beside the bytes of its tensors: the value under its name.
+/// The part of a record beside the bytes of its tensors. It is the value under the record's name.
 #[derive(Serialize, Deserialize)]
 struct Kept {
-    /// By the name in the step, without that of the record.
+    /// By the tensor's name in the step, without the record's name.
     tensors: BTreeMap<String, KeptTensor>,
     scalars: BTreeMap<String, Scalar>,
     metadata: BTreeMap<String, String>,
@@ -61,13 +61,13 @@ struct Kept {
 
 #[derive(Serialize, Deserialize)]
 struct KeptTensor {
-    /// The name in the record, where that is another one.
+    /// The tensor's name in the record, if that name differs.
     name: Option<String>,
     dtype: DType,
     param_id: Option<u64>,
 }
 
-/// The bytes of one tensor, within those of the whole record.
+/// The bytes of one tensor, within the bytes of the whole record.
 struct View(Bytes);
 
 impl AsRef<[u8]> for View {
@@ -76,13 +76,13 @@ impl AsRef<[u8]> for View {
     }
 }
 
-/// Adds a record to `state` as `name`: each of its tensors as `name.` and the name that it has in the record,
-/// and a value `name` of its [`ParamId`](burn::module::ParamId)s and scalars. Tensors of an optimizer get the
-/// name of their parameter where burn has its id, which differs from run to run:
+/// Adds a record to `state` as `name`. Each of its tensors gets the name `name.` followed by the tensor's
+/// name in the record, and a value `name` has its [`ParamId`](burn::module::ParamId)s and scalars. In the
+/// tensor names of an optimizer, the name of the parameter replaces burn's id, which differs from run to run:
 /// `optimizer.hidden.weight.momentum.moment_1`.
 ///
-/// The record is packed in this call, so that its tensors are in host memory, and nothing that the program
-/// does later changes them: no fence is needed.
+/// This call packs the record, so that its tensors are in host memory and later actions of the program do not
+/// change them. No fence is needed.
 ///
 /// ```
 /// use ashore_burn::{ashore::StateDict, put};
@@ -99,12 +99,12 @@ impl AsRef<[u8]> for View {
 /// ```
 ///
 /// # Errors
-/// `Invalid`, naming the tensor, for a quantized one, and for a name that is taken.
+/// `Invalid`, naming the tensor, for a quantized tensor, and for a name that is taken.
 pub fn put<R: Record>(state: &mut StateDict<'static>, name: &str, record: R) -> Result<()> {
     put_packed(state, name, packed(name, record)?)
 }
 
-/// Reads the tensors of a record from the device, and packs it.
+/// Reads the tensors of a record from the device, and packs the record.
 pub(crate) fn packed<R: Record>(name: &str, record: R) -> Result<Bytes> {
     record.pack().map_err(|e| unpackable(name, e))
 }
@@ -134,22 +134,21 @@ pub(crate) fn put_packed(state: &mut StateDict<'static>, name: &str, packed: Byt
     Ok(())
 }
 
-/// Returns the name of a tensor of an optimizer's record, with the path of its parameter in the place of the
-/// id.
+/// Returns the name of a tensor of an optimizer's record, with the path of its parameter instead of the id.
 fn by_path(name: &str, param_id: Option<u64>, paths: &BTreeMap<String, String>) -> Option<String> {
     let (id, rest) = name.split_once('.')?;
     let path = paths.get(id).filter(|_| param_id.is_some_and(|param_id| param_id.to_string() == id))?;
     Some(format!("{path}.{rest}"))
 }
 
-/// Reads the record `name` of a checkpoint, as [`put`] added it: for `Module::try_load_record`,
+/// Reads the record `name` of a checkpoint, as [`put`] added it. The result is for `Module::try_load_record`,
 /// `ModuleOptimizer::load_record` or `ModuleLrScheduler::load_record`.
 ///
-/// Takes host memory for twice the record: its tensors, and the packed record.
+/// This call uses host memory for twice the record: its tensors, and the packed record.
 ///
 /// # Errors
 /// `NotFound` when the checkpoint has no such record; as [`Checkpoint::read_into`]; `Invalid` when the record
-/// is of another kind, or a tensor has another dtype than when it was saved.
+/// is of a different kind, or a tensor has a different dtype than when it was saved.
 pub fn record<R: Record>(checkpoint: &Checkpoint, name: &str) -> Result<R> {
     let kept: Kept = checkpoint.value(name)?;
     let mut buffers = Vec::with_capacity(kept.tensors.len());

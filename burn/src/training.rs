@@ -1,4 +1,4 @@
-//! Model, optimizer and scheduler of one moment as one step.
+//! Saves model, optimizer and scheduler of one moment as one step.
 
 use crate::invalid;
 use crate::record::{Record, located, put, record};
@@ -9,7 +9,8 @@ use burn::module::Module;
 use burn::optim::{ModuleOptimizer, OptimizerRecord};
 use burn::store::ModuleRecord;
 
-/// What a training resumes from. The three are saved together, and so restored from the same moment.
+/// The state from which a training resumes. Its three parts are saved together, and so are restored from the
+/// same moment.
 #[derive(Clone)]
 pub struct Training<M> {
     /// Saved as `model`.
@@ -21,10 +22,11 @@ pub struct Training<M> {
 }
 
 impl<M: Module> Training<M> {
-    /// Returns the state to save. The program may add more: the place in the data, its random numbers.
+    /// Returns the state to save. The program may add more, for example the position in the data and random
+    /// number states.
     ///
-    /// The tensors are read from the device, and packed, in this call; the training may go on as soon as it
-    /// returns.
+    /// This call reads the tensors from the device and packs them. The training may continue as soon as the
+    /// call returns.
     ///
     /// # Errors
     /// As [`put`].
@@ -36,13 +38,13 @@ impl<M: Module> Training<M> {
         Ok(state)
     }
 
-    /// Restores all three. Parameters get the ids that they had, which are the keys of the optimizer's state,
-    /// and the dtypes that they had; nothing is converted.
+    /// Restores all three. Parameters get their saved ids, which are the keys of the optimizer's state, and
+    /// their saved dtypes. Nothing is converted.
     ///
     /// # Errors
-    /// As [`record`]; `Invalid`, naming them, when the model has parameters that the checkpoint lacks, or the
-    /// reverse, or a parameter has another shape; `Invalid` when optimizer or scheduler did not take all of
-    /// their state: they are of another kind than those that were saved.
+    /// As [`record`]; `Invalid`, naming the parameters, when the model has parameters that the checkpoint
+    /// lacks, or the reverse, or a parameter has a different shape; `Invalid` when the optimizer or scheduler
+    /// did not take all of its state, because it is of a different kind than the saved one.
     pub fn restore(self, checkpoint: &Checkpoint) -> Result<Self> {
         let refused = |what: &str| located(checkpoint, invalid(what));
         let model = self.model.try_load_record(record::<ModuleRecord>(checkpoint, ModuleRecord::NAME)?);

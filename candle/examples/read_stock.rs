@@ -1,5 +1,5 @@
-//! Reads the step directories under ROOT with candle alone, and compares every byte with what
-//! `checks/stock/expected.json` says.
+//! Reads the step directories under ROOT with candle alone, and compares every byte with the expected values
+//! in `checks/stock/expected.json`.
 
 #![expect(unsafe_code, reason = "files that are mapped; nothing writes them meanwhile")]
 
@@ -83,7 +83,7 @@ fn check(index: usize, (name, dtype, shape): &(String, String, Vec<usize>), tens
     Ok(())
 }
 
-/// The elements' bits, as bytes. NaNs keep their payloads: nothing here computes with them.
+/// The elements' bits, as bytes. NaNs keep their payloads, because no code here computes with them.
 fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     macro_rules! elements {
         ($type:ty) => {

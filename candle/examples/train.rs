@@ -1,8 +1,8 @@
-//! A training that may be killed at any moment, and continues from its newest durable step as if it had not
-//! been.
+//! A training that may be killed at any moment. It then continues from its newest durable step as if it had
+//! not been killed.
 //!
 //! `cargo run --example train -- runs/a 60` trains up to step 60. With `--forget-optimizer` it resumes with
-//! new moments, which gives another result.
+//! new moments, which gives a different result.
 
 use ashore_candle::ashore::{CheckpointExecutor, Outcome, StateDict};
 use ashore_candle::{AdamW, Fenced, Vars};
@@ -26,7 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     )?);
     let weights = Vars::from(&map);
     for (number, (_, var)) in weights.iter().enumerate() {
-        // Candle's random numbers on the CPU cannot be seeded, and every run is to begin with the same
+        // Candle's random numbers on the CPU cannot be seeded, but every run must begin with the same
         // weights.
         var.set(&(noise(number as u64, var.elem_count())?.reshape(var.shape())? * 0.1)?)?;
     }

@@ -1,4 +1,4 @@
-//! AdamW whose whole state is Vars.
+//! AdamW that keeps its whole state in Vars.
 
 use crate::vars::Vars;
 use candle_core::backprop::GradStore;
@@ -6,8 +6,9 @@ use candle_core::{DType, Device, Error, Result, Var};
 use candle_nn::{Optimizer, ParamsAdamW};
 use std::collections::HashSet;
 
-/// AdamW with the results of [`candle_nn::AdamW`], bit for bit, whose moments and step count can be saved.
-/// Those of candle's are private, so that a training with it cannot be resumed as if it had not stopped.
+/// AdamW with the results of [`candle_nn::AdamW`], bit for bit, but with moments and a step count that can be
+/// saved. In candle's type these are private, so a training that uses it cannot resume as if it had not
+/// stopped.
 ///
 /// ```
 /// use ashore_candle::{AdamW, Vars};
@@ -23,7 +24,7 @@ use std::collections::HashSet;
 #[derive(Debug)]
 pub struct AdamW {
     moments: Vec<Moments>,
-    /// A scalar on the host: reading it never waits for a device.
+    /// A scalar on the host, so that reading it never waits for a device.
     step: Var,
     state: Vars,
     params: ParamsAdamW,
@@ -38,11 +39,11 @@ struct Moments {
 }
 
 impl AdamW {
-    /// Creates an optimizer of the Vars of float dtypes, whose moments get names from theirs. A Var under
-    /// several names is optimized once.
+    /// Creates an optimizer of those `vars` that have float dtypes. The names of the moments derive from the
+    /// names of their Vars. A Var that has several names is optimized once.
     ///
     /// # Errors
-    /// Those of candle, from the allocation of the moments.
+    /// The errors of candle, from the allocation of the moments.
     pub fn of(vars: &Vars, params: ParamsAdamW) -> Result<Self> {
         let step = Var::zeros((), DType::I64, &Device::Cpu)?;
         let (mut state, mut moments, mut known) = (Vars::new(), Vec::new(), HashSet::new());
@@ -60,13 +61,13 @@ impl AdamW {
         Ok(Self { moments, step, state, params })
     }
 
-    /// The moments, named `exp_avg.` and `exp_avg_sq.` and the name of their Var, and `step`: what is saved
-    /// beside the weights.
+    /// The moments, named `exp_avg.` and `exp_avg_sq.` followed by the name of their Var, and `step`. The
+    /// program saves these beside the weights.
     pub fn state(&self) -> &Vars {
         &self.state
     }
 
-    /// The parameters. They are not part of the state: the program sets them.
+    /// The parameters. They are not part of the state, because the program sets them.
     pub fn params(&mut self) -> &mut ParamsAdamW {
         &mut self.params
     }
@@ -76,7 +77,7 @@ impl Optimizer for AdamW {
     /// The names of the Vars, and the parameters.
     type Config = (Vars, ParamsAdamW);
 
-    /// As [`AdamW::of`]; fails for a Var without a name, because its moments could not be saved.
+    /// As [`AdamW::of`], but fails for a Var without a name, because its moments could not be saved.
     fn new(vars: Vec<Var>, (names, params): Self::Config) -> Result<Self> {
         let (mut named, mut nameless) = (Vars::new(), vars.iter().map(|var| var.id()).collect::<HashSet<_>>());
         let wanted = nameless.clone();

@@ -1,9 +1,9 @@
-//! Tensors in GPU memory, by candle's CUDA backend.
+//! Tensors in GPU memory, through candle's CUDA backend.
 //!
 //! # Safety argument
-//! An address is that of a slice that the caller's tensor keeps, within which the elements were checked to
-//! lie; only its device reads or writes it. The stream is that of the slice, and is kept beside the address.
-//! Memory that a restore may still write after its deadline is leaked.
+//! An address lies in a slice that the caller's tensor keeps, and the elements were checked to lie within the
+//! slice. Only the slice's device reads or writes at the address. The stream is that of the slice, and is
+//! kept beside the address. Memory that a restore may still write after its deadline is leaked.
 #![expect(unsafe_code, reason = "addresses and streams of a device; argument above")]
 
 use crate::tensor::extent;
@@ -19,13 +19,13 @@ use std::sync::Arc;
 /// Where the elements of a tensor are.
 #[derive(Debug)]
 pub(crate) struct Place {
-    /// The first element.
+    /// The address of the first element.
     address: u64,
     stream: Arc<CudaStream>,
 }
 
 impl Place {
-    /// Finds the elements of a tensor that is at `at` in `storage`.
+    /// Finds the elements of a tensor with the layout `at` in `storage`.
     pub(crate) fn of(storage: &CudaStorage, at: &Layout) -> Result<Self> {
         let stream = storage.device.cuda_stream();
         usable(&stream)?;
@@ -51,7 +51,7 @@ impl Place {
         Ok(Self { address: address + elements.start as u64, stream })
     }
 
-    /// The location of `bytes` bytes.
+    /// The memory location of `bytes` bytes.
     pub(crate) fn location(&self, bytes: u64) -> MemoryLocation {
         let stream = DeviceStream::from(&self.stream);
         // SAFETY: the stream is the one just borrowed, and the source keeps it.
@@ -59,7 +59,7 @@ impl Place {
         MemoryLocation::Device { bytes, stream }
     }
 
-    /// The address of the first element, never read on the host.
+    /// The address of the first element. The host never reads it.
     pub(crate) fn pointer(&self) -> *const u8 {
         std::ptr::without_provenance(self.address as usize)
     }
@@ -68,14 +68,15 @@ impl Place {
         self.stream.clone()
     }
 
-    /// Makes the context current in this thread, because memory is freed in the current one.
+    /// Makes the context current in this thread, because candle frees memory in the current context.
     pub(crate) fn enter_context(&self) {
         let context = self.stream.context();
         context.record_err(context.bind_to_thread());
     }
 }
 
-/// Refuses streams that mean another stream in another thread, and contexts that the engine does not know.
+/// Refuses streams whose handle means a different stream in another thread, and contexts that the engine does
+/// not know.
 fn usable(stream: &CudaStream) -> Result<()> {
     const PER_THREAD: usize = 2;
     let (context, found) = (stream.context(), DeviceStream::from(stream));
@@ -89,7 +90,7 @@ fn usable(stream: &CudaStream) -> Result<()> {
     Err(invalid(format!("{why} device=cuda:{}", context.ordinal())))
 }
 
-/// Reads the tensors of these names into the memory of their Vars, whose dtypes and shapes were compared.
+/// Reads the tensors of these names into the memory of their Vars. The caller has compared dtypes and shapes.
 pub(crate) fn load(checkpoint: &Checkpoint, vars: &[(&str, &Var)]) -> Result<()> {
     let mut places = Vec::with_capacity(vars.len());
     for (name, var) in vars {
@@ -107,7 +108,7 @@ pub(crate) fn load(checkpoint: &Checkpoint, vars: &[(&str, &Var)]) -> Result<()>
     for ((name, var), place) in vars.iter().zip(&places) {
         let (bytes, dtype) = (var.elem_count() * var.dtype().size_in_bytes(), dtype::stored(var.dtype())?);
         // SAFETY: the borrowed Vars keep the memory until this function returns, and after a deadline a
-        // leaked clone does; the stream is kept by `places`.
+        // leaked clone keeps it. `places` keeps the stream.
         let target = unsafe { DeviceTarget::new(place.address, bytes as u64, (&place.stream).into()) };
         targets = targets.device(*name, target.with_dtype(dtype));
     }

@@ -1,4 +1,4 @@
-//! Dtypes of candle, and those of safetensors that store them.
+//! Dtypes of candle, and the dtypes of safetensors that store them.
 
 use crate::invalid;
 use ashore::{Dtype, Result};
@@ -18,15 +18,15 @@ const PAIRS: [(DType, Dtype); 11] = [
     (DType::F8E8M0, Dtype::F8_E8M0),
 ];
 
-/// The dtype that stores elements of `dtype`. Those that are smaller than a byte have no size in candle, so
-/// they are refused.
+/// The dtype that stores elements of `dtype`. Dtypes smaller than a byte have no size in candle, so they are
+/// refused.
 pub(crate) fn stored(dtype: DType) -> Result<Dtype> {
     let found = PAIRS.iter().find(|(candle, _)| *candle == dtype);
     let refused = || invalid(format!("tensors of this dtype of candle cannot be saved dtype={}", dtype.as_str()));
     found.map(|(_, stored)| *stored).ok_or_else(refused)
 }
 
-/// The dtype in candle of stored elements.
+/// The candle dtype of stored elements.
 pub(crate) fn loaded(dtype: Dtype) -> Result<DType> {
     let found = PAIRS.iter().find(|(_, stored)| *stored == dtype);
     found

@@ -8,7 +8,7 @@ use candle_core::{Error, Result, Var};
 use candle_nn::Optimizer;
 use std::sync::Arc;
 
-/// An optimizer whose `step` waits until no save reads the tensors any more, and then writes them.
+/// An optimizer whose `step` first waits until no save reads the tensors any more, and then writes them.
 ///
 /// The wait is the executor's [`fence`](CheckpointExecutor::fence), which costs one atomic load if no save is
 /// reading.
@@ -31,7 +31,7 @@ use std::sync::Arc;
 pub struct Fenced<O> {
     optimizer: O,
     executor: Arc<CheckpointExecutor>,
-    /// The stream that waits, in the place of the thread.
+    /// The stream that waits instead of the thread.
     #[cfg(feature = "cuda")]
     stream: Option<Arc<CudaStream>>,
 }
@@ -47,8 +47,8 @@ impl<O> Fenced<O> {
         }
     }
 
-    /// Lets the stream of `device` wait, and not the thread: for an optimizer all of whose Vars are on that
-    /// device or on the host. See [`CheckpointExecutor::fence_on`].
+    /// Makes the stream of `device` wait instead of the thread. Use this for an optimizer all of whose Vars
+    /// are on that device or on the host. See [`CheckpointExecutor::fence_on`].
     #[cfg(feature = "cuda")]
     #[must_use]
     pub fn on(mut self, device: &candle_core::CudaDevice) -> Self {
@@ -56,13 +56,14 @@ impl<O> Fenced<O> {
         self
     }
 
-    /// The optimizer, for what its type offers beyond the trait. Steps by this reference are not fenced.
+    /// The optimizer, for functions that its type has beyond the trait. Steps through this reference are not
+    /// fenced.
     pub fn inner(&mut self) -> &mut O {
         &mut self.optimizer
     }
 
-    /// Waits until no save so far reads the tensors: before any write of a saved tensor other than by `step`,
-    /// such as an average of the weights.
+    /// Waits until no save so far reads the tensors any more. Call this before writing a saved tensor by
+    /// other means than `step`, for example an average of the weights.
     ///
     /// # Errors
     /// As [`CheckpointExecutor::fence`].

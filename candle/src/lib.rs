@@ -18,7 +18,7 @@ pub use ashore;
 
 use ashore::{Error, ErrorKind};
 
-/// An error of the caller's making.
+/// An error that the caller caused.
 fn invalid(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::Invalid, message)
 }

@@ -1,8 +1,8 @@
-//! A tensor of candle as a source: read in place, under candle's own lock.
+//! A tensor of candle as a source. The save reads it in place, under candle's own lock.
 //!
 //! # Safety argument
-//! A [`CandleTensor`] keeps the tensor, and with it the allocation, whose address candle never changes. On
-//! the host `read` holds the read lock of the storage while the bytes are copied; every write of candle
+//! A [`CandleTensor`] keeps the tensor, and so keeps the allocation, whose address candle never changes. On
+//! the host `read` holds the read lock of the storage while it copies the bytes. Every write of candle
 //! (`Var::set`, an operation in place) takes the write lock, so no thread writes while another reads. The
 //! range of bytes is checked against the allocation at each read, because safe code can make a tensor whose
 //! shape exceeds its storage. Memory of a GPU is not Rust memory: a race of its streams could change only the
@@ -17,13 +17,13 @@ use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A tensor of candle as an [`ashore::Source`], read in place until it is staged. It keeps the storage.
+/// A tensor of candle as an [`ashore::Source`], read in place until it is staged. It keeps the storage alive.
 ///
-/// The save sees what the tensor has at the *fence*, not at `save`: call
+/// The save sees the tensor's values at the *fence*, not at `save`. Call
 /// [`fence`](ashore::CheckpointExecutor::fence) before the next `Var::set`, or let [`Fenced`](crate::Fenced)
-/// do so. A forgotten fence is no undefined behaviour: writes wait for the copy of a chunk that is running,
-/// and the first saves detect the difference and fail, naming the tensor. Tensors of at most 4 KiB, in GPU
-/// memory 128 KiB, are copied at `save`, while there is space: see [`Settings`](ashore::Settings).
+/// call it. A forgotten fence is not undefined behaviour: writes wait for a running copy of a chunk, and the
+/// first saves detect the difference and fail, naming the tensor. Tensors of at most 4 KiB, in GPU memory 128
+/// KiB, are copied at `save`, while there is space: see [`Settings`](ashore::Settings).
 ///
 /// ```
 /// use ashore::StateDict;
@@ -40,7 +40,7 @@ use std::sync::Arc;
 pub struct CandleTensor {
     tensor: Tensor,
     layout: Layout,
-    /// In bytes; None: packed.
+    /// Strides in bytes. None means that the tensor is packed.
     strides: Option<Vec<i64>>,
     memory: Memory,
 }
@@ -54,11 +54,12 @@ enum Memory {
 }
 
 impl CandleTensor {
-    /// Makes a source of `tensor`, which may be a view: a transposed one is saved as it is seen, packed.
+    /// Makes a source of `tensor`, which may be a view. A transposed view is saved in its visible order,
+    /// packed.
     ///
     /// # Errors
     /// `Invalid` for a dtype that is smaller than a byte, a tensor of a Metal device, and, on a GPU, a tensor
-    /// of the per-thread default stream: `Device::new_cuda` uses that stream, `Device::new_cuda_with_stream`
+    /// of the per-thread default stream. `Device::new_cuda` uses that stream, `Device::new_cuda_with_stream`
     /// does not.
     pub fn new(tensor: &Tensor) -> Result<Self> {
         let layout = Layout::new(dtype::stored(tensor.dtype())?, tensor.dims());
@@ -77,11 +78,11 @@ impl CandleTensor {
     }
 }
 
-/// Returns the bytes of a storage of `there` bytes between the first element of a tensor and the end of its
-/// last one.
+/// Returns the range of bytes from the first element of a tensor to the end of its last element, in a storage
+/// of `there` bytes.
 ///
 /// # Errors
-/// `Invalid` when they are not within the storage: safe code can make such a tensor.
+/// `Invalid` when the range is not within the storage: safe code can make such a tensor.
 pub(crate) fn extent(at: &candle_core::Layout, dtype: DType, there: usize) -> Result<Range<usize>> {
     let size = dtype.size_in_bytes();
     if at.dims().contains(&0) {
@@ -99,7 +100,7 @@ pub(crate) fn extent(at: &candle_core::Layout, dtype: DType, there: usize) -> Re
     }
 }
 
-// SAFETY: see the safety argument.
+// SAFETY: see the safety argument of the module.
 unsafe impl Source for CandleTensor {
     fn layout(&self) -> Layout {
         self.layout.clone()
@@ -142,7 +143,8 @@ unsafe impl Source for CandleTensor {
 impl Drop for CandleTensor {
     fn drop(&mut self) {
         if let Memory::Device(place) = &self.memory {
-            // candle may free the storage with this last reference, in the context of the dropping thread.
+            // candle may free the storage with this last reference, in the context that is current in the
+            // dropping thread.
             place.enter_context();
         }
     }
@@ -163,7 +165,7 @@ fn host_bytes(storage: &CpuStorage) -> &[u8] {
 ///
 /// # Errors
 /// As [`Checkpoint::read`]; `Invalid`, naming the tensor, for a dtype that candle does not have; otherwise
-/// what candle returned.
+/// the error that candle returned.
 pub fn read_tensor(checkpoint: &Checkpoint, name: &str, device: &Device) -> Result<Tensor> {
     let info = checkpoint.tensor(name)?;
     let dtype = dtype::loaded(info.dtype).map_err(|e| invalid(format!("{} tensor={name:?}", e.message())))?;
@@ -171,7 +173,7 @@ pub fn read_tensor(checkpoint: &Checkpoint, name: &str, device: &Device) -> Resu
     macro_rules! read {
         ($($kind:ident: $element:ty),*) => { match dtype {
             $(DType::$kind => Tensor::from_vec(checkpoint.read_as::<$element>(name)?, shape, device),)*
-            // No Rust type of the engine has these elements: one copy more.
+            // The engine has no Rust type for these elements, so this makes one more copy.
             _ => Tensor::from_raw_buffer(&checkpoint.read(name)?, dtype, shape, device),
         } };
     }

@@ -1,4 +1,4 @@
-//! Named Vars: what a program saves, and restores into.
+//! Named Vars. A program saves them, and restores into them.
 
 use crate::tensor::{CandleTensor, read_tensor};
 use crate::{dtype, from_candle, invalid};
@@ -35,9 +35,9 @@ pub struct Vars {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Unmatched {
-    /// Vars that the checkpoint has no tensor for. They are unchanged.
+    /// Vars for which the checkpoint has no tensor. They are unchanged.
     pub missing: Vec<String>,
-    /// Tensors of the checkpoint that there is no Var for.
+    /// Tensors of the checkpoint for which there is no Var.
     pub unexpected: Vec<String>,
 }
 
@@ -50,7 +50,7 @@ impl Vars {
     /// Adds `var` as `name`.
     ///
     /// # Errors
-    /// `Invalid`, naming it, when the name is taken.
+    /// `Invalid`, naming the Var, when the name is taken.
     pub fn add(&mut self, name: impl Into<String>, var: &Var) -> Result<&mut Self> {
         let name = name.into();
         if self.vars.contains_key(&name) {
@@ -96,8 +96,8 @@ impl Vars {
         self.vars.is_empty()
     }
 
-    /// Adds every Var to `state` as a [`CandleTensor`]. A Var under several names, as of tied weights, is
-    /// written once, under the first of them; the others become [aliases](StateDict::alias).
+    /// Adds every Var to `state` as a [`CandleTensor`]. A Var with several names, such as tied weights, is
+    /// written once, under the first name. The other names become [aliases](StateDict::alias).
     ///
     /// # Errors
     /// As [`CandleTensor::new`] and [`StateDict::tensor`]; both name the tensor.
@@ -115,8 +115,8 @@ impl Vars {
     }
 
     /// Sets every Var to the tensor of its name: on the host by `Var::set`, with a temporary copy of one
-    /// tensor at a time; in GPU memory in place. Nothing is changed unless every Var has a tensor, of its
-    /// dtype and shape, and every tensor a Var.
+    /// tensor at a time; in GPU memory in place. Changes nothing unless every Var has a tensor of its dtype
+    /// and shape, and every tensor has a Var.
     ///
     /// # Errors
     /// `Invalid`, naming all of them, for missing and unexpected tensors; otherwise as
@@ -132,13 +132,13 @@ impl Vars {
         self.set_all(checkpoint)
     }
 
-    /// Sets the Vars that the checkpoint has a tensor for, as [`Vars::restore`] does, and returns the names
+    /// Sets the Vars for which the checkpoint has a tensor, as [`Vars::restore`] does, and returns the names
     /// that did not match.
     ///
     /// # Errors
-    /// `Invalid`, naming all of them and changing nothing, for tensors of another dtype or shape than their
-    /// Vars; nothing is converted. `Invalid` when a Var has several names, and the checkpoint different
-    /// tensors under them. `Corrupt` when bytes are not what was written: Vars may then have been set, and
+    /// `Invalid`, naming all of them and changing nothing, for tensors whose dtype or shape differs from
+    /// their Vars; nothing is converted. `Invalid` when a Var has several names, and the checkpoint has
+    /// different tensors under them. `Corrupt` when bytes are damaged: some Vars may then have been set, and
     /// their values are undefined.
     pub fn restore_matching(&self, checkpoint: &Checkpoint) -> Result<Unmatched> {
         let unmatched = self.unmatched(checkpoint)?;
@@ -170,7 +170,7 @@ impl Vars {
         Err(located(checkpoint, invalid(wrong)))
     }
 
-    /// Sets the Vars whose names the checkpoint has.
+    /// Sets the Vars whose names are in the checkpoint.
     fn set_all(&self, checkpoint: &Checkpoint) -> Result<()> {
         let stored: HashSet<&str> = checkpoint.tensors()?.map(|info| info.name).collect();
         let mut set = HashMap::<TensorId, &str>::new();
@@ -206,7 +206,7 @@ fn set_var(name: &str, var: &Var, tensor: &Tensor) -> Result<()> {
 /// All Vars of the map, under the map's names.
 impl From<&VarMap> for Vars {
     fn from(map: &VarMap) -> Self {
-        // A poisoned map is whole all the same: candle changes it by single inserts.
+        // A poisoned map is still complete, because candle changes it by single inserts.
         let vars = map.data().lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         Self { vars: vars.iter().map(|(name, var)| (name.clone(), var.clone())).collect() }
     }

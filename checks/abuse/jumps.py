@@ -3,10 +3,12 @@
 
     checks/abuse/jumps.py PROGRAM ROOT SECONDS
 
-libfaketime gives the processes another wall clock, up to ten years away, which changes every few milliseconds; their monotonic clock
-stays, as it does when a real clock is set. It does not change the clock by which a kernel stamps files, so the times of what lies in
-the root are set at random instead. `abuse` judges every save, list, prune and sweep. Fails, too, when no jump has reached the library:
-the run log, which it writes by the wall clock, must go back and forth by years.
+libfaketime gives the processes another wall clock, up to ten years away, which changes every few
+milliseconds. Their monotonic clock stays correct, as it does when a real clock is set. libfaketime does not
+change the clock with which a kernel stamps files, so this script sets the times of the files in the root at
+random instead. `abuse` judges every save, list, prune and sweep. The check also fails when no jump has
+reached the library: the run log, which the library writes by the wall clock, must jump back and forth by
+years.
 """
 import json
 import os

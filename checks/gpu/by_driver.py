@@ -1,4 +1,5 @@
-"""Programs that train with the driver alone: they copy random bytes into tensors, and know the bytes of each."""
+"""Test programs that train with only the driver: they copy random bytes into tensors, and know the bytes of
+each."""
 import ctypes
 import itertools
 import os

@@ -1,4 +1,5 @@
-"""Programs that train with torch: plain tensors, optimizers, a captured graph, memory of the caching allocator."""
+"""Test programs that train with torch: plain tensors, optimizers, a captured graph, memory of the caching
+allocator."""
 import contextlib
 import itertools
 import time

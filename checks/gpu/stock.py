@@ -1,4 +1,5 @@
-"""Reads files of a step without ashore: by the safetensors package where it is installed, by its format otherwise."""
+"""Reads files of a step without ashore: with the safetensors package if it is installed, otherwise by its
+format."""
 import json
 
 try:

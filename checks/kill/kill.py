@@ -3,10 +3,10 @@
 
     checks/kill/kill.py [PROGRAM]
 
-Two runs are killed at their first changing call, at their second, and so on, until one ends unharmed: a run that begins with
-nothing, and one that finds what killed runs left behind. After each kill, every listed step must be sound and no step that was
-reported durable may be missing; the next run must resume from the newest step, end with the losses of a run that was never killed,
-and leave nothing of the dead behind.
+The script kills two runs at their first changing call, at their second, and so on, until one ends unharmed: a
+run that begins with nothing, and a run that finds what killed runs left behind. After each kill, every listed
+step must be sound, and no step that was reported durable may be missing. The next run must resume from the
+newest step, end with the losses of a run that was never killed, and leave no files of the killed run behind.
 """
 import collections
 import json

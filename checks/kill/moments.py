@@ -3,10 +3,11 @@
 
     checks/kill/moments.py PROGRAM [--kills N] [--seed N]
 
-PROGRAM is the example `rank`. A run goes on from the newest step and saves as fast as it can. One of its processes, or all of them,
-are killed by SIGKILL after a random time; in a third of the runs one is stopped for a while before. Every listed step must then hold
-the bytes that belong to its number, no step that was reported durable may be missing unless two newer ones are there, and what a
-survivor says must agree. What the dead leave behind must not add up: every 20 kills an unharmed run leaves nothing of theirs.
+PROGRAM is the example `rank`. A run resumes from the newest step and saves as fast as it can. SIGKILL ends
+one of its processes, or all of them, after a random time; in a third of the runs one process is stopped for a
+while before. Then every listed step must hold the bytes that belong to its number, no step that was reported
+durable may be missing unless two newer steps exist, and the reports of a survivor must agree with the steps.
+Leftovers of killed runs must not accumulate: every 20 kills, an unharmed run must leave none of them.
 """
 import argparse
 import collections

@@ -1,7 +1,8 @@
 """Runs a program, stops it before each call that changes files, and continues or kills it.
 
-A seccomp filter makes such calls wait for our answer. So calls are counted over all threads together, in the one order in which
-they happen; `strace --inject` counts them thread by thread and can never reach the second thread's third call.
+A seccomp filter makes such calls wait for the supervisor's answer. So the supervisor counts calls over all
+threads together, in the one order in which they happen. `strace --inject` counts them thread by thread, and
+can never reach the second thread's third call.
 """
 import ctypes
 import errno

@@ -8,12 +8,12 @@ Modelled: every interleaving, breadth first, so that a counterexample is a short
              fail: then it does not know whether the version is there. It may die and start again at any time by a power cut, may begin
              with a full instead of reading the chain, writes a full beside a delta, and removes old items one by one.
   follower   has memory of its own that survives. It applies deltas to it, or loads fulls, in any order that its rule allows.
-  power      at a cut any subset of what is visible and not durable is lost.
+  power      a power cut loses any subset of the items that are visible and not durable.
 Checked in every state
   never      the follower holds no state that was not published.
   promise    the newest acknowledged version, or a later one, can be built from what is durable.
   alone      the rename never refuses a version: there is one publisher.
-  firm       the follower switches only to what is durable.
+  firm       the follower switches only to durable versions.
   reach      the follower alone, while nothing else moves, gets to the newest version that can be built.
 Abstracted: bytes and digests (a state is its number), grace, the length of chains, two publishers (the rename decides).
 

@@ -15,18 +15,20 @@ Modelled: every interleaving, breadth first, so that a counterexample is a short
   faults     crash and restart of a process, power loss of a node (what it had not synced is gone, names in any subset), a failing
              fsync, ranks with unlike plans, a sweeper. Deadlines may pass whenever a rank waits.
 Checked in every state, and on every disk that a power failure of the whole system could leave behind
-  torn       what has the name of the step is whole: manifest and all files, of the ranks of one session, covering every tensor.
-  lost       a step that was there before, and an attempt that some rank was told is durable, is there (or one that replaced it).
-  final      an attempt that some rank was told has failed is never published.
+  torn       the directory with the name of the step is complete: manifest and all files, of the ranks of one session, covering every
+             tensor.
+  lost       a step that existed before, and an attempt that was reported durable to some rank, exists (or one that replaced it).
+  final      an attempt that was reported failed to some rank is never published.
   once       without overwriting, at most one attempt is published.
-  zombie     once a session has taken the root over, no attempt of an older one is published.
+  zombie     once a session has taken over the root, no attempt of an older session is published.
   resolved   at every end every living rank has an outcome for every save; no cycles.
-  promise    without faults and deadlines every rank ends durable; what was displaced is never in the way.
-The protocol in one line each: rank 0 makes the attempt, says go; all write, sync file and directory, send a receipt with attempt, save and
-  plan; rank 0 checks them, writes the manifest, claims the attempt (renames it to a second name), looks whether its session is the newest,
-  publishes from that name, syncs the root, tells. A rank that gives up after its receipt renames the attempt away from the first name
-  and syncs that before it says "failed"; where it comes too late it says "indeterminate". A new session is recorded first, then it buries
-  what older ones have in flight or claimed, syncs the root, and only then looks for steps. Only rank 0 makes a directory.
+  promise    without faults and deadlines every rank ends durable; a displaced step never blocks another.
+The protocol in short: rank 0 creates the attempt and says go. All ranks write, sync file and directory, and send a receipt with attempt,
+  save and plan. Rank 0 checks the receipts, writes the manifest, claims the attempt (renames it to a second name), checks that its session
+  is the newest, publishes from that name, syncs the root, and tells the outcome. A rank that gives up after its receipt renames the attempt
+  away from the first name and syncs that before it says "failed"; if it is too late it says "indeterminate". A new session is recorded
+  first. Then it buries attempts that older sessions have in flight or claimed, syncs the root, and only then looks for steps. Only rank 0
+  creates a directory.
 First ideas that this model refused: see FIRST_IDEAS at the end.
 Abstracted: bytes; the plan (right or not); several steps; object stores. Directory operations are seen by all in one order.
 

@@ -1,4 +1,5 @@
-"""The names, the files and the processes of the model in `commit.py`: what the file system does, what must hold."""
+"""The names, files and processes of the model in `commit.py`: how the file system behaves, and which
+invariants hold."""
 import itertools
 from collections import namedtuple
 

@@ -1,4 +1,4 @@
-"""The ranks of the model in `commit.py`: what each of them does next."""
+"""The ranks of the model in `commit.py`: the next steps of each rank."""
 from commit_disk import Bad, Disk, put
 
 

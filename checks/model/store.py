@@ -8,27 +8,30 @@ Modelled: every interleaving, breadth first, so that a counterexample is a short
   jobs       of one or several ranks. Any may be a zombie: a process that takes its next step late. Rank 0: takes the root over, lists,
              sweeps dead attempts of older generations, then for each save: its part, receipts of all, the manifest, the commit.
              The others: part, receipt, outcome; at its deadline a rank vetoes by a change of the root.
-  others     `ashore prune`, which takes no root over; a reader, which reads the root and then file by file.
-  tiers      a job's node keeps each step first, and may come back late or be lost; what is not in the store yet is promoted later.
-  faults     so many answers go wrong (`faults`), so many processes or nodes die (`deaths`).
+  others     `ashore prune`, which does not take over the root; a reader, which reads the root and then file by file.
+  tiers      a job's node keeps each step first, and may return late or be lost; steps that are not in the store yet are promoted later.
+  faults     `faults` answers go wrong, `deaths` processes or nodes die.
 Checked in every state
-  torn       what the root names has all its objects.
-  lost       a step that was told durable is named, or was replaced or pruned; what was told local is in some tier while the node lives.
-  final      what was told failed for certain is not the step, ever; with tiers, this session did not bring it there.
+  torn       every attempt that the root names has all its objects.
+  lost       a step that was reported durable is named, or was replaced or pruned; a step reported local is in some tier while the node
+             lives.
+  final      an attempt that was reported failed for certain never becomes the step; with tiers, this session did not promote it.
   once       without overwriting, at most one attempt of a step is published.
   zombie     once a session has listed, no attempt of an older one that it did not see becomes a step.
   fork       no session goes on from a step that a session in between did not see.
-  comes back what was pruned is never a step again.
-  corrupt    a reader never takes a step for damaged because it was pruned.
+  comes back a pruned attempt is never a step again.
+  corrupt    a reader never reports a step as damaged because it was pruned.
   resolved   at every end every living process has an outcome for every save.
   promise    without faults and deaths every save of one job ends durable.
-The protocol in one line each: the root is read, changed by compare-and-swap, and read again whenever an answer is not a plain success:
-  own change in it, or among those it remembers: done; another version without it: failed for certain, for the request named a version
-  that never comes back; the same version: sent again, or the root bumped, or the outcome is unknown. Only a change that has never landed
-  is made anew, and asks the new root again: is the generation mine, is the attempt vetoed, is the step free. A session takes over first, then lists, then sweeps what older generations left unnamed.
-  Objects of an attempt go only after a change that took it out of the root, or made sure that it never comes in. Before a session sends
-  its take-over it notes on its node which session it follows; what lies there of that chain is its own, everything else is a fork.
-Abstracted: bytes, multipart uploads, retries below the root object. Lists of keys decide nothing but what is swept.
+The protocol in short: a process reads the root, changes it by compare-and-swap, and reads it again whenever the answer is not a plain
+  success. If the root contains or remembers the own change, the change is done. If the root has another version without the change, the
+  change failed for certain, because the request named a version that never returns. If the root has the same version, the process sends
+  the change again, or bumps the root, or the outcome is unknown. Only a change that has never landed is made again. It first checks in
+  the new root: is the generation mine, is the attempt vetoed, is the step free. A session takes over first, then lists, then sweeps
+  objects that older generations left unnamed. It deletes the objects of an attempt only after a change that removed the attempt from the
+  root, or ensured that it never enters the root. Before a session sends its take-over, it notes on its node which session it follows.
+  Steps of that chain on the node are its own; all other steps are forks.
+Abstracted: bytes, multipart uploads, retries below the root object. Lists of keys decide only what is swept.
 
 The code is in src/storage/object/. First ideas that this model refused are its mutants.
 

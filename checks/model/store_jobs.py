@@ -1,4 +1,5 @@
-"""The root object, the objects and the processes of the model in `store.py`: what a store does, what must hold."""
+"""The root object, the objects and the processes of the model in `store.py`: how a store behaves, and which
+invariants hold."""
 from collections import namedtuple
 
 C = namedtuple("C", "jobs ranks saves steps overwrite nodes prune retain reader deaths faults deadline fence mutant",

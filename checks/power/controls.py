@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Shows which broken promises `power.py` sees: the harness must be able to fail.
+"""Shows which broken promises `power.py` detects, because a harness must be able to fail.
 
     checks/power/controls.py PROGRAM [--states N] [NAME...]
 
-PROGRAM is the example `rank`, built with `--cfg mutants`. For each promise about what is durable when, and for each file system, disks
-are judged until one fails, at most N. Exits 1 if a promise that must be seen is not seen on any of them, or if a model in which
-an fsync counts before it has returned is not refuted on each of them.
+PROGRAM is the example `rank`, built with `--cfg mutants`. For each promise about what is durable when, and
+for each file system, the script judges disks until one fails, at most N. Exits 1 if a broken promise that
+must be seen is seen on no file system, or if a model in which an fsync counts before it has returned is not
+refuted on every file system.
 """
 import argparse
 import os

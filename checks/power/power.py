@@ -1,19 +1,22 @@
 #!/usr/bin/env python3
-"""Takes the power from a real file system at recorded moments, and judges what the real program then finds.
+"""Cuts the power of a real file system at recorded moments, and judges what the real program then finds.
 
     checks/power/power.py PROGRAM [--systems ext4,xfs,btrfs] [--runs one,ranks] [--states N] [--seed N] [--mutant] [--early]
 
-PROGRAM is the example `rank`. It saves steps on a file system on a disk that records every write and every flush
-(nbdkit, nbdfuse, a loop device). Afterwards disks are made that a power loss may have left: all that was written before a flush,
-and any subset of what was written between it and the next one, whole or torn at 4096 or 512 bytes. Each of them is mounted.
-Every listed step must hold the bytes that belong to its number, and every step that was reported durable before the flush must be
-there, or two newer ones. Then the program goes on from the newest step, saves one more, and the disk is judged again.
+PROGRAM is the example `rank`. It saves steps on a file system on a disk that records every write and every
+flush (nbdkit, nbdfuse, a loop device). Afterwards the script builds disks that a power loss may have left:
+all writes before a flush, and any subset of the writes between it and the next flush, whole or torn at 4096
+or 512 bytes. It mounts each disk. Every listed step must hold the bytes that belong to its number. Every step
+that was reported durable before the flush must exist, or two newer steps. Then the program goes on from the
+newest step, saves one more, and the disk is judged again.
 
-The run also records its system calls. Before anything else, the tree that is found is compared with what the simulated file
-system (`src/testing/simfs`) predicts for these calls: names, lengths and every byte. So the model by which the program is tested is
-itself tested on a kernel. With --early an fsync counts in the model before it has returned, and the exit status is 0 if a state fails.
+The run also records its system calls. First, the script compares the tree that it finds with what the
+simulated file system (`src/testing/simfs`) predicts for these calls: names, lengths and every byte. So a real
+kernel tests the model with which the program is tested. With --early, an fsync counts in the model before it
+has returned, and the exit status is 0 if a state fails.
 
-Needs root. With --mutant the program was built with a broken promise (ASHORE_MUTANT), and the exit status is 0 if a state fails.
+Needs root. With --mutant, the program was built with a broken promise (ASHORE_MUTANT), and the exit status is
+0 if a state fails.
 """
 import argparse
 import collections

@@ -1,8 +1,9 @@
-"""The plugin of nbdkit that keeps a disk in a file and records every write and every flush, in their order.
+"""An nbdkit plugin that keeps a disk in a file and records every write and every flush, in their order.
 
-Parameters: `disk=FILE` keeps the bytes, `log=FILE` the record. A record is `<BQI`: 1 for a write or 2 for a flush, offset and length;
-the bytes of a write follow. A record is appended before its call is answered, so the length of the log, read after a program has
-printed something, is a position behind every write and flush that had ended by then.
+Parameters: `disk=FILE` keeps the bytes, `log=FILE` the records. A record is `<BQI`: 1 for a write or 2 for a
+flush, then offset and length; the bytes of a write follow. The plugin appends a record before it answers the
+call. So the length of the log, read after a program has printed something, is a position behind every write
+and flush that had ended by then.
 """
 import os
 import struct

@@ -1,4 +1,4 @@
-"""Starts the ranks of a job, reads what they print, and judges what they have left on the storage."""
+"""Starts the ranks of a job, reads their output, and judges the state that they have left on the storage."""
 import contextlib
 import dataclasses
 import os

@@ -3,10 +3,11 @@
 
     checks/ranks/kills.py PROGRAM MEANS... [--sample N]
 
-PROGRAM is the example `rank`, MEANS are `directory` and `etcd`. A job of three ranks meets in a directory with two steps, saves the
-next one and leaves; it is killed at its first changing call, at its second, and so on, until a run ends unharmed. After each kill
-the survivors must have ended by their deadline; what they say must agree with the steps that are there, all of which are compared
-byte by byte; and a job with another number of ranks must go on and clean up. `--sample` runs N of the kills, spread over all.
+PROGRAM is the example `rank`, MEANS are `directory` and `etcd`. A job of three ranks meets in a directory
+with two steps, saves the next step and leaves. The script kills it at its first changing call, at its second,
+and so on, until a run ends unharmed. After each kill, the survivors must have ended by their deadline; their
+reports must agree with the steps that exist, all of which are compared byte by byte; and a job with another
+number of ranks must go on and clean up. `--sample` runs N of the kills, spread over all.
 """
 import argparse
 import collections

@@ -3,10 +3,11 @@
 
     checks/ranks/links.py PROGRAM [SCENARIO...]
 
-PROGRAM is the example `rank`. Four ranks save in one directory, and speak through an etcd server that each reaches over a link of its
-own. A supervisor holds one of them in front of a call, so that the cut comes at a known point; then that rank goes on. All
-ranks must end by their deadline; what they say must agree with the steps that are there, which are compared byte by byte. When the
-link is back, a new session of all four must commit.
+PROGRAM is the example `rank`. Four ranks save in one directory, and communicate through an etcd server that
+each rank reaches over a link of its own. A supervisor stops one rank before a call, so that the cut happens
+at a known point; then that rank goes on. All ranks must end by their deadline. Their reports must agree with
+the steps that exist, which are compared byte by byte. When the link is back, a new session of all four must
+commit.
 """
 import base64
 import concurrent.futures

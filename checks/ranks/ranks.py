@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Runs coordinators between real processes: `ranks.py PROGRAM MEANS...`.
 
-PROGRAM is the example `rank`. MEANS are `directory`, `etcd` (starts an etcd-server) and `mpi` (by mpirun). Each
-runs the conformance suite with several processes. By `directory` and `etcd` a rank is also killed amid its rounds:
-the others must name it, and the next job under the same token must work.
+PROGRAM is the example `rank`. MEANS are `directory`, `etcd` (starts an etcd-server) and `mpi` (by mpirun).
+Each of them runs the conformance suite with several processes. With `directory` and `etcd` the script also
+kills a rank amid its rounds: the others must name that rank, and the next job under the same token must work.
 """
 
 import re

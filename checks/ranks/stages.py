@@ -3,10 +3,11 @@
 
     checks/ranks/stages.py PROGRAM [--mpirun] [--torchrun TORCHRUN] [--sample N]
 
-PROGRAM is the example 07_ranks. A job of four ranks is killed in its second save, at a stage of rank 0 or of rank 1: that rank alone,
-or all four. Both launchers end a job when one of its ranks dies. A job of 2, 3 or 8 ranks then goes on: its weights must be, bit for
-bit, those of a run that nothing interrupted, which are computed here. In the end the program itself makes such a run. `--sample`
-runs N of the kills of each launcher.
+PROGRAM is the example 07_ranks. The script kills a job of four ranks in its second save, at a stage of rank 0
+or of rank 1: that rank alone, or all four. Both launchers end a job when one of its ranks dies. Then a job of
+2, 3 or 8 ranks goes on. Its weights must be, bit for bit, the weights of a run without interruption, which
+the script computes itself. In the end the program itself makes such a run. `--sample` runs N of the kills of
+each launcher.
 """
 import argparse
 import itertools

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Kills ranks of a sharded training in the middle of saves and goes on with other numbers of ranks: the weights must be, bit for
-bit, those of a run that nothing interrupted.
+"""Kills ranks of a sharded training in the middle of saves and goes on with other numbers of ranks. The
+weights must be, bit for bit, the weights of a run without interruption.
 
     checks/ranks/train.py PROGRAM
 

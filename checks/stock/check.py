@@ -3,8 +3,9 @@
 
     check.py ROOT
 
-The expected bytes are in expected.json beside this file; nothing here comes from ashore. Each reader reads the directory as it
-is, and reads all of it: safetensors' own parser, its numpy and torch front ends, torch's distributed checkpoint, and reader.py.
+The expected bytes are in expected.json beside this file; no code or data here comes from ashore. Each reader
+reads the unchanged directory completely: safetensors' own parser, its numpy and torch front ends, torch's
+distributed checkpoint, and reader.py.
 """
 import collections
 import json

@@ -5,11 +5,12 @@
     check_ranks.py FOLDER...
     check_ranks.py --whole FOLDER...
 
-What is written is in ranks.json beside this file. With --save, PROGRAM, the example stock_ranks, saves it by several processes, as
-step-7 in ROOT. torch's distributed checkpoint puts the boxes together in one process, and after --save under torchrun in 1, 2 and 3,
-too; safetensors' own parser and its numpy front end read each file, and its boxes are compared with those of the whole tensors; the
-reader of docs/format.md reads the tables. With --whole a FOLDER has whole tensors: `ashore convert` wrote it from the shards. All
-readers of check.py read it, and its index is compared with the files.
+The file ranks.json beside this one describes the tensors. With --save, several processes of PROGRAM, the
+example stock_ranks, save them as step-7 in ROOT. torch's distributed checkpoint assembles the boxes in one
+process, and after --save also under torchrun in 1, 2 and 3. safetensors' own parser and its numpy front end
+read each file, and its boxes are compared with those of the whole tensors. The reader of docs/format.md reads
+the tables. With --whole, a FOLDER has whole tensors: `ashore convert` wrote it from the shards. All readers
+of check.py read it, and its index is compared with the files.
 """
 import json
 import os

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Lets a CUDA build of torch be imported where no CUDA library is installed, for use on the CPU.
 
-The wheel's own libraries name some two gigabytes of CUDA libraries as needed. The dynamic linker only requires that each exists
-and offers the symbols, under their versions, that are bound at load time. So for each missing library this script builds one
-that offers them all and traps when one is really called; computing on the CPU never does.
+The wheel's own libraries need some two gigabytes of CUDA libraries. The dynamic linker only requires that
+each library exists and offers the symbols, under their versions, that are bound at load time. So for each
+missing library this script builds a stub that offers all of these symbols and traps when one is called.
+Computing on the CPU never calls one.
 
     cuda_stubs.py SITE_PACKAGES
 """

@@ -3,7 +3,8 @@
 
     torchrun --nproc-per-node N load_ranks.py FOLDER
 
-Every rank asks for DTensors, cut by rows, then by columns, and compares what it got with its part of the expected tensors.
+Every rank asks for DTensors, split by rows, then by columns, and compares the result with its part of the
+expected tensors.
 """
 import json
 import pathlib

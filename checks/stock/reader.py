@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""A reader of steps, written from docs/format.md alone: versions 1 and 2, of one rank and of several.
+"""A reader of steps, written only from docs/format.md: versions 1 and 2, of one rank and of several ranks.
 
     reader.py STEP...       reads every tensor and value of these directories, and checks every digest that it passes
 
-numpy and json, nothing of ashore. It finds tensors by bisection and reads only the pages of tables that it needs.
+It uses numpy and json, and no code of ashore. It finds tensors by bisection and reads only the table pages
+that it needs.
 """
 import collections
 import json

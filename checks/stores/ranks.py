@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Kills ranks of a job whose root, or whose second tier, is in an object store, one of them or all, and goes on with another number.
+"""Kills one or all ranks of a job with its root or second tier in an object store, and goes on with another
+number of ranks.
 
     checks/stores/ranks.py PROGRAM [--rounds N] [--seed N]
 
-PROGRAM is the example `rank`, built with the feature `s3`; `checks/stores/run.py` sets where the server is. In each round a job of four
-ranks goes on from the newest step, and saves; at a random moment one rank is killed, or all of them. What the survivors say must agree
-with the steps that are there, which are compared byte by byte; and a job with another number of ranks, whose processes meet in another
-directory and know nothing but the URL, must go on from there. Rounds with a tier have the root in a directory and the store behind it:
+PROGRAM is the example `rank`, built with the feature `s3`; `checks/stores/run.py` sets where the server is.
+In each round, a job of four ranks goes on from the newest step, and saves. At a random moment the script
+kills one rank, or all of them. The reports of the survivors must agree with the steps that exist, which are
+compared byte by byte. A job with another number of ranks, whose processes meet in another directory and know
+only the URL, must go on from there. Rounds with a tier have the root in a directory and the store behind it:
 the next job has another directory, and must go on from the newest step of the store.
 """
 import argparse

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Reads the shards in a directory with safetensors, numpy and torch: `read.py DIRECTORY NAME FIRST LAST LENGTH`.
 
-The tensor NAME must have LENGTH numbers, the first and last of them these.
+The tensor NAME must have LENGTH numbers. FIRST must be the first of them and LAST the last.
 """
 import pathlib
 import sys

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Runs a command beside servers of object stores: `run.py TOOLS COMMAND...`.
 
-TOOLS is where `.ci/install` puts its tools. The servers are moto and s3s-fs, which speak S3, and Azurite; each listens at a free port of
-the loopback interface, and keeps what it has in memory or in a temporary directory. The command finds in its environment
+TOOLS is where `.ci/install` puts its tools. The servers are moto and s3s-fs, which implement S3, and Azurite.
+Each listens at a free port of the loopback interface, and keeps its data in memory or in a temporary
+directory. The command finds these variables in its environment
 
     ASHORE_TEST_MOTO, ASHORE_TEST_S3S     http://HOST:PORT of a server of S3, with the bucket `bucket`; key id and secret are in
     ASHORE_TEST_KEY, ASHORE_TEST_SECRET   these: s3s-fs checks signatures, moto does not

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Puts TLS before a server: `tls.py HOST:PORT DIRECTORY CERTIFICATE`, with a Python that has `cryptography`.
 
-CERTIFICATE is `valid`, for localhost; `expired`; or `misnamed`, for another host. A CA that is made for this run has signed it; DIRECTORY
-gets the CA's certificate as `ca.pem`. Prints the URL to connect to, and ends with its standard input.
+CERTIFICATE is `valid`, for localhost; `expired`; or `misnamed`, for another host. A CA that is made for this
+run signs it; DIRECTORY gets the CA's certificate as `ca.pem`. The script prints the URL to connect to, and
+ends with its standard input.
 """
 import asyncio
 import datetime

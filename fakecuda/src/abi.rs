@@ -1,6 +1,6 @@
 //! Types of the C ABI: result codes, handles, and pointers of the caller.
 
-/// The result of an exported function: a `CUresult`, 0 for Ok.
+/// The result of an exported function: a `CUresult`, where 0 is Ok.
 pub type Status<T = ()> = Result<T, i32>;
 
 pub const INVALID_VALUE: i32 = 1;
@@ -27,7 +27,7 @@ pub fn is_sticky(code: i32) -> bool {
     matches!(code, 214 | 700 | 702 | 714..=719 | 999)
 }
 
-/// Name and description of a code.
+/// The name and description of a code.
 pub fn describe(code: i32) -> Option<(&'static std::ffi::CStr, &'static std::ffi::CStr)> {
     Some(match code {
         0 => (c"CUDA_SUCCESS", c"no error"),
@@ -86,12 +86,13 @@ pub enum Kind {
     Executable = 7,
 }
 
-/// Makes a handle: kind, device and a serial number that is never reused. It is no address.
+/// Makes a handle from the kind, the device and a serial number that is never reused. A handle is not an
+/// address.
 pub fn handle(kind: Kind, ordinal: usize, serial: u32) -> u64 {
     (kind as u64) << 40 | (ordinal as u64) << 32 | u64::from(serial)
 }
 
-/// Returns the device of a handle, which must be of this kind.
+/// Returns the device of a handle. The handle must be of this kind.
 pub fn ordinal_of(kind: Kind, handle: u64) -> Status<usize> {
     let wrong = if kind == Kind::Context { INVALID_CONTEXT } else { INVALID_HANDLE };
     if handle >> 40 == kind as u64 { Ok((handle >> 32 & 0xff) as usize) } else { Err(wrong) }
@@ -102,7 +103,7 @@ pub fn put<T>(to: *mut T, value: T) -> Status {
     if to.is_null() {
         return Err(INVALID_VALUE);
     }
-    // SAFETY: the caller of the exported function gave this pointer for exactly this result.
+    // SAFETY: the caller of the exported function passed this pointer for exactly this result.
     unsafe { to.write_unaligned(value) };
     Ok(())
 }

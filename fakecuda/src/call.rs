@@ -27,7 +27,7 @@ thread_local! {
     pub static CONTEXTS: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
     /// The thread's capture mode: 0 global, 1 thread-local, 2 relaxed.
     pub static CAPTURE_MODE: Cell<i32> = const { Cell::new(0) };
-    /// The code with which the work that this call enqueues will fail.
+    /// The error code with which the work that this call enqueues will fail.
     static LATE: Cell<Option<i32>> = const { Cell::new(None) };
 }
 
@@ -38,7 +38,7 @@ pub fn current() -> Status<&'static Device> {
     if device.state().retained == 0 { Err(INVALID_CONTEXT) } else { Ok(device) }
 }
 
-/// Returns the code with which work enqueued now is to fail, if any.
+/// Returns the error code with which work enqueued now is to fail, if any.
 pub fn late_fault() -> Option<i32> {
     LATE.take()
 }

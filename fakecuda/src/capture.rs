@@ -1,6 +1,6 @@
 //! Stream capture: work is recorded instead of enqueued, and calls that could synchronise break the capture.
 //!
-//! Modes apply per device here, not per process, so that tests on other devices can run during a capture.
+//! Here modes apply per device, not per process, so that tests on other devices can run during a capture.
 
 use crate::abi::{CAPTURE_INVALIDATED, CAPTURE_UNMATCHED, CAPTURE_WRONG_THREAD, INVALID_VALUE, Kind, Status};
 use crate::call::CAPTURE_MODE;
@@ -52,7 +52,7 @@ impl State {
         capture.map_or(0, |c| 1 + u32::from(c.invalid))
     }
 
-    /// Checks that this thread may make calls that could synchronise; breaks captures that forbid them.
+    /// Checks that this thread may make calls that could synchronise. Breaks captures that forbid such calls.
     pub fn may_synchronise(&mut self) -> bool {
         let (mode, me) = (CAPTURE_MODE.get(), std::thread::current().id());
         let mut may = true;
@@ -72,7 +72,7 @@ impl State {
         blocking.filter_map(|s| s.capture).collect()
     }
 
-    /// Breaks captures of blocking streams, after whose work that of the legacy stream would come.
+    /// Breaks captures of blocking streams: work of the legacy stream would have to come after their work.
     pub fn break_captures_of_blocking_streams(&mut self) -> bool {
         let broken = self.captures_of_blocking_streams();
         for id in &broken {

@@ -1,5 +1,5 @@
-//! The control interface for tests: symbols beside those of the driver, and their callers in the library that
-//! a test opened.
+//! The control interface for tests: symbols beside those of the driver, and functions that call these symbols
+//! in the library that a test opened.
 
 use crate::abi::{Status, text};
 use crate::settings::Fault;
@@ -67,7 +67,7 @@ steer! {
         code((|| {
             let spot = Spot::of(address, bytes)?;
             let (from, _in_use) = spot.pointer()?;
-            // SAFETY: checked to have `bytes`; the caller vouches that `to` has.
+            // SAFETY: the source was checked to have `bytes`; the caller vouches for `to`.
             unsafe { std::ptr::copy(from, to, bytes as usize) };
             Ok(())
         })())
@@ -77,15 +77,15 @@ steer! {
         code((|| {
             let spot = Spot::of(address, bytes)?;
             let (to, _in_use) = spot.pointer()?;
-            // SAFETY: checked to have `bytes`; the caller vouches that `from` has.
+            // SAFETY: the destination was checked to have `bytes`; the caller vouches for `from`.
             unsafe { std::ptr::copy(from, to, bytes as usize) };
             Ok(())
         })())
     }
 }
 
-/// Returns the file to open as a driver: cargo puts it beside the test programs of every crate that has this
-/// one among its dev-dependencies.
+/// Returns the file to open as a driver. Cargo puts it beside the test programs of every crate that has this
+/// crate among its dev-dependencies.
 ///
 /// # Panics
 /// When the file is missing, because it was not built.
@@ -97,13 +97,13 @@ pub fn library() -> PathBuf {
 }
 
 /// A simulated device, borrowed by one test. Settings, faults and counts are per device, so tests with
-/// different ones run in parallel. It is reset and returned when dropped.
+/// different devices run in parallel. When dropped, the device is reset and returned.
 #[derive(Debug)]
 pub struct Device {
     ordinal: u64,
 }
 
-/// Objects of a device that were not released. All zero is right.
+/// Objects of a device that were not released. All counts should be zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Live {
     /// Bytes of device memory.
@@ -132,7 +132,7 @@ fn symbol(name: &str) -> *mut c_void {
     static LIBRARY: OnceLock<usize> = OnceLock::new();
     let opened = *LIBRARY.get_or_init(|| {
         let path = CString::new(library().into_os_string().into_encoded_bytes()).expect("a path has no zero byte");
-        // SAFETY: opening it runs nothing but the loader.
+        // SAFETY: opening the library runs only the loader.
         unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) as usize }
     });
     assert!(opened != 0, "libfakecuda.so cannot be opened");
@@ -146,14 +146,14 @@ fn symbol(name: &str) -> *mut c_void {
 macro_rules! steered {
     ($name:ident($($argument:expr => $type:ty),*) -> $result:ty) => {{
         let found = symbol(stringify!($name));
-        // SAFETY: the symbol is the function of this signature above; pointers among the arguments outlive
+        // SAFETY: the symbol is the function above with this signature; pointers among the arguments outlive
         // the call.
         unsafe { std::mem::transmute::<*mut c_void, extern "C" fn($($type),*) -> $result>(found)($($argument),*) }
     }};
 }
 
 impl Device {
-    /// Borrows a device that no other test uses; waits for one.
+    /// Borrows a device that no other test uses, and waits until there is one.
     pub fn claim() -> Self {
         let mut borrowed = BORROWED.lock().unwrap_or_else(PoisonError::into_inner);
         let count = crate::settings::number("devices").unwrap_or(16);
@@ -173,7 +173,7 @@ impl Device {
         self.ordinal as usize
     }
 
-    /// Changes a setting; their names are in `README.md`.
+    /// Changes a setting. The names of the settings are in `README.md`.
     ///
     /// # Panics
     /// When the setting does not exist.
@@ -193,7 +193,7 @@ impl Device {
         assert_eq!(code, 0, "no fault {fault}");
     }
 
-    /// Counts the objects that were not released, also those left when its context ended.
+    /// Counts the objects that were not released, including those left when the context ended.
     pub fn live(&self) -> Live {
         let count = |name: &str| {
             let text = CString::new(name).expect("a name has no zero byte");
@@ -211,7 +211,7 @@ impl Device {
         }
     }
 
-    /// Number of calls of a function with this device current; `*` counts all calls.
+    /// Number of calls of a function while this device was current; `*` counts all calls.
     pub fn calls(&self, name: &str) -> u64 {
         let text = CString::new(name).expect("a name has no zero byte");
         steered!(fakecuda_calls(self.ordinal => u64, text.as_ptr() => *const c_char) -> u64)
@@ -222,7 +222,7 @@ impl Device {
         steered!(fakecuda_sticky(self.ordinal => u64) -> i32)
     }
 
-    /// Resets the device, except how often its context is retained.
+    /// Resets the device, except the number of times its context is retained.
     pub fn reset(&self) {
         steered!(fakecuda_reset(self.ordinal => u64) -> i32);
     }

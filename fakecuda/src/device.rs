@@ -24,7 +24,7 @@ pub struct State {
     pub retained: u32,
     /// The sticky error.
     pub sticky: Option<i32>,
-    /// Number of pieces of work that touch memory now.
+    /// Number of pieces of work that touch memory at this moment.
     pub running: u32,
     pub settings: Settings,
     pub faults: Vec<Fault>,
@@ -94,8 +94,8 @@ impl Device {
         self.changed.wait_timeout(state, at_most).unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// Waits, after a sticky error, until no work touches memory any more: a caller that learns of the error
-    /// may unmap its memory.
+    /// Waits, after a sticky error, until no work touches memory any more, because a caller that learns of
+    /// the error may unmap its memory.
     pub fn stopped(&self) {
         let mut state = self.state();
         while state.sticky.is_some() && state.running > 0 {
@@ -107,7 +107,7 @@ impl Device {
     pub fn window(&self) -> Status<&Window> {
         if self.window.get().is_none() {
             let window = Window::new(number("span_gb").unwrap_or(64).max(1) << 30)?;
-            // If another thread was faster its window counts; ours stays mapped and unused.
+            // If another thread was faster, its window is used. Ours stays mapped and unused.
             let _ = self.window.set(window);
         }
         self.window.get().ok_or(OUT_OF_MEMORY)
@@ -120,7 +120,7 @@ impl Device {
         Ok(handle(Kind::Context, self.ordinal, 1))
     }
 
-    /// Releases the context; the last release destroys everything left in it.
+    /// Releases the context. The last release destroys everything left in the context.
     pub fn release(&self) -> Status {
         let mut state = self.state();
         state.retained = state.retained.checked_sub(1).ok_or(crate::abi::INVALID_CONTEXT)?;
@@ -135,8 +135,8 @@ impl Device {
         Ok(())
     }
 
-    /// Resets the device: nothing allocated, no error, no counts, settings as at start. The context stays
-    /// retained as often as it was.
+    /// Resets the device: nothing is allocated, there is no error, no counts, and settings are as at start.
+    /// The context stays retained as often as it was.
     pub fn reset(&self) -> Status {
         let window = self.window()?;
         let mut state = self.state();

@@ -1,5 +1,6 @@
-//! Events: counters of generations. Recording starts a new generation. A wait is for the generation at the
-//! time it was enqueued, even if the event is recorded again later in another stream that reaches it sooner.
+//! Events are counters of generations. Recording an event starts a new generation. A wait is for the
+//! generation at the time it was enqueued, even if the event is recorded again later in another stream that
+//! reaches it sooner.
 
 use std::collections::BTreeSet;
 use std::sync::Mutex;
@@ -8,16 +9,16 @@ use std::time::Instant;
 
 pub struct Event {
     pub ordinal: usize,
-    /// True if it has no timing.
+    /// True if the event has no timing.
     pub timeless: bool,
     recorded: AtomicU64,
     reached: Mutex<Reached>,
-    /// The capture in which it was last recorded.
+    /// The capture in which the event was last recorded.
     captured: Mutex<Option<u64>>,
     at: Mutex<Option<Instant>>,
 }
 
-/// Reached generations: all up to the first number, and those in the set.
+/// Reached generations: all up to the first number, and all in the set.
 #[derive(Default)]
 struct Reached(u64, BTreeSet<u64>);
 
@@ -27,7 +28,7 @@ impl Event {
         Self { ordinal, timeless, recorded, reached, captured: Mutex::new(None), at: Mutex::new(None) }
     }
 
-    /// Starts a generation for a record that is enqueued, and returns it.
+    /// Starts a generation for a record that is being enqueued, and returns the generation.
     pub fn record(&self) -> u64 {
         *self.captured.lock().unwrap_or_else(|e| e.into_inner()) = None;
         self.recorded.fetch_add(1, Ordering::AcqRel) + 1
@@ -41,7 +42,7 @@ impl Event {
         *self.captured.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// The generation that was last enqueued; 0 if never recorded.
+    /// The generation that was last enqueued; 0 if the event was never recorded.
     pub fn generation(&self) -> u64 {
         self.recorded.load(Ordering::Acquire)
     }
@@ -61,7 +62,7 @@ impl Event {
         generation <= reached.0 || reached.1.contains(&generation)
     }
 
-    /// When it was last reached.
+    /// When the event was last reached.
     pub fn at(&self) -> Option<Instant> {
         *self.at.lock().unwrap_or_else(|e| e.into_inner())
     }

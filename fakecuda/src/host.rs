@@ -1,5 +1,6 @@
-//! Pinned host memory, allocated or registered by the driver, which copies may touch while the program goes
-//! on. One table for all devices, because each of them uses the same addresses for it.
+//! Pinned host memory, allocated or registered by the driver. Copies may touch it while the program
+//! continues. There is one table for all devices, because each device uses the same addresses for this
+//! memory.
 
 use crate::abi::{ALREADY_REGISTERED, ILLEGAL_ADDRESS, INVALID_VALUE, NOT_REGISTERED, OUT_OF_MEMORY, Status};
 use std::collections::BTreeMap;
@@ -36,8 +37,8 @@ fn table() -> MutexGuard<'static, Table> {
 impl Table {
     fn insert(&mut self, start: u64, bytes: u64, ordinal: usize, owned: bool) {
         self.ids += 1;
-        // An owned range is a fresh mapping, so an older range there was unmapped by a program that could not
-        // unpin it.
+        // An owned range is a fresh mapping. So an older range at this place was unmapped by a program that
+        // could not unpin it.
         let gone = |r: &Range| owned && r.start < start + bytes && start < r.start + r.bytes;
         self.ranges.retain(|_, r| !gone(r));
         self.ranges.insert(start, Range { start, bytes, id: self.ids, ordinal, owned, users: 0 });
@@ -50,7 +51,7 @@ pub fn allocate(bytes: usize, ordinal: usize) -> Status<u64> {
         return Err(INVALID_VALUE);
     }
     let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-    // SAFETY: a fresh anonymous mapping touches nothing that exists.
+    // SAFETY: a fresh anonymous mapping touches no existing memory.
     let at = unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, flags, -1, 0) };
     if at == libc::MAP_FAILED {
         return Err(OUT_OF_MEMORY);
@@ -73,7 +74,7 @@ pub fn register(start: u64, bytes: u64, ordinal: usize) -> Status {
     Ok(())
 }
 
-/// Removes a range once no running work uses it; work that is only enqueued will fail.
+/// Removes a range once no running work uses it. Work that is only enqueued will fail.
 pub fn release(start: u64, owned: bool) -> Status<Range> {
     let wrong = if owned { INVALID_VALUE } else { NOT_REGISTERED };
     let mut table = table();
@@ -82,7 +83,7 @@ pub fn release(start: u64, owned: bool) -> Status<Range> {
         if range.users == 0 {
             table.ranges.remove(&start);
             if owned {
-                // SAFETY: mapped by `allocate`, no longer in the table, and nothing that runs uses it.
+                // SAFETY: mapped by `allocate`, no longer in the table, and not used by any running work.
                 unsafe { libc::munmap(start as *mut _, range.bytes as usize) };
             }
             return Ok(range);
@@ -98,12 +99,12 @@ pub fn find(address: u64, bytes: u64) -> Option<Range> {
     (bytes <= range.bytes && address - range.start <= range.bytes - bytes).then_some(range)
 }
 
-/// A guard against the release of a range in use: its start and its id. After a reset another range may start
-/// there.
+/// A guard against the release of a range in use. It has the range's start and id, because after a reset
+/// another range may start at the same address.
 pub struct InUse(u64, u64);
 
 impl InUse {
-    /// Fails when the range is gone, or another one has its start.
+    /// Fails when the range is gone, or another range has its start.
     pub fn new(range: Range) -> Status<Self> {
         let mut table = table();
         let found = table.ranges.get_mut(&range.start).filter(|r| r.id == range.id).ok_or(ILLEGAL_ADDRESS)?;

@@ -1,7 +1,7 @@
-//! The project's kernels, compiled for the CPU from the same source, and found by name.
+//! The project's kernels, compiled for the CPU from the same source. They are found by name.
 //!
-//! A kernel gets its addresses as numbers and calls [`fakecuda_at`] for the bytes. It may touch what was
-//! allocated or pinned when it began to run.
+//! A kernel gets its addresses as numbers and calls [`fakecuda_at`] to get the bytes. It may touch memory
+//! that was allocated or pinned when it began to run.
 
 use crate::abi::{ILLEGAL_ADDRESS, Status};
 use crate::host::{self, InUse};
@@ -9,10 +9,10 @@ use crate::memory::{Block, Window};
 use std::cell::{Cell, RefCell};
 
 /// # Safety
-/// The argument is the kernel's structure, grid and block are of three numbers each.
+/// The argument is the kernel's structure; grid and block have three numbers each.
 type Run = unsafe extern "C" fn(argument: *const u8, grid: *const u32, block: *const u32, backwards: u32);
 
-/// A compiled kernel, which takes one structure by value.
+/// A compiled kernel. It takes one structure by value.
 pub struct Kernel {
     name: &'static str,
     /// The size of the structure.
@@ -21,7 +21,7 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// The size of its argument.
+    /// The size of the kernel's argument.
     pub fn bytes(&self) -> usize {
         *self.bytes as usize
     }
@@ -37,12 +37,13 @@ pub struct Launch {
 
 macro_rules! kernel {
     ($name:ident, $bytes:ident, $run:ident) => {{
-        // SAFETY: `KERNEL` in the shim declares them so.
+        // SAFETY: `KERNEL` in the shim declares these symbols so.
         unsafe extern "C" {
             static $bytes: u64;
             fn $run(argument: *const u8, grid: *const u32, block: *const u32, backwards: u32);
         }
-        // SAFETY: a constant of the compiled kernels, which `build.rs` names after what it found there.
+        // SAFETY: a constant of the compiled kernels; `build.rs` takes its name from the kernels that it
+        // found there.
         Kernel { name: stringify!($name), bytes: unsafe { &$bytes }, run: $run }
     }};
 }
@@ -65,19 +66,19 @@ struct Reach {
 thread_local! {
     static REACH: RefCell<Vec<Reach>> = const { RefCell::new(Vec::new()) };
     static LAST: Cell<Option<Reach>> = const { Cell::new(None) };
-    /// Substitute for memory that does not exist; not empty if it was needed.
+    /// A substitute for memory that does not exist. It is not empty if it was needed.
     static NOWHERE: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Launch {
-    /// Runs it on this thread, over these blocks of a device and all pinned memory; threads in rising order,
-    /// or `backwards`.
+    /// Runs the kernel on this thread, over these blocks of a device and all pinned memory. The kernel's
+    /// threads run in rising order, or `backwards`.
     pub fn run(&self, window: &Window, blocks: &[Block], backwards: bool) -> Status {
         let on_device = blocks.iter().map(|b| {
             let offset = (window.shadow_of(b.start) as u64).wrapping_sub(b.start);
             Reach { start: b.start, bytes: b.bytes, offset }
         });
-        // Ranges released meanwhile are not included.
+        // Ranges that were released meanwhile are not included.
         let pinned = host::ranges().into_iter().filter_map(|r| Some((r, InUse::new(r).ok()?)));
         let (pinned, _in_use): (Vec<_>, Vec<_>) = pinned.unzip();
         let pinned = pinned.iter().map(|r| Reach { start: r.start, bytes: r.bytes, offset: 0 });
@@ -86,15 +87,15 @@ impl Launch {
         REACH.set(reach);
         LAST.set(None);
         NOWHERE.take();
-        // Aligned like the kernel's structure.
+        // Aligned in the same way as the kernel's structure.
         let mut argument = vec![0_u64; self.argument.len().div_ceil(8)];
         for (word, bytes) in argument.iter_mut().zip(self.argument.chunks(8)) {
             let mut whole = [0; 8];
             whole[..bytes.len()].copy_from_slice(bytes);
             *word = u64::from_le_bytes(whole);
         }
-        // SAFETY: the argument is as long as the kernel's structure, checked when the function was found;
-        // what the kernel touches beyond it comes from `fakecuda_at`.
+        // SAFETY: the argument is as long as the kernel's structure, which was checked when the function was
+        // found. All other memory that the kernel touches comes from `fakecuda_at`.
         unsafe {
             (self.kernel.run)(argument.as_ptr().cast(), self.grid.as_ptr(), self.block.as_ptr(), backwards.into())
         };
@@ -122,10 +123,11 @@ extern "C" fn fakecuda_at(address: u64, bytes: u64) -> *mut u8 {
         // Zero bytes are valid at any address.
         None if bytes == 0 => std::ptr::without_provenance_mut(64),
         None => NOWHERE.with_borrow_mut(|nowhere| {
-            // Longer than any range, but bounded: a broken kernel may request any length.
+            // The substitute is longer than any range, but bounded, because a broken kernel may request any
+            // length.
             let words = (bytes.min(1 << 30) / 8 + 2) as usize;
             if nowhere.len() < words {
-                // Earlier substitutes may still be written, so leak them.
+                // Earlier substitutes may still be written, so they are leaked.
                 std::mem::take(nowhere).leak();
                 nowhere.resize(words, 0);
             }

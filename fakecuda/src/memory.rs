@@ -1,13 +1,15 @@
-//! Device memory: a window of addresses that fault on the host, and a shadow behind it that has the bytes.
+//! Device memory: a window of addresses that fault on the host, and a shadow behind the window that has the
+//! bytes.
 
 use crate::abi::{ILLEGAL_ADDRESS, INVALID_VALUE, OUT_OF_MEMORY, Status};
 use crate::settings::POISON;
 use std::collections::BTreeMap;
 
-/// Alignment and minimum distance of allocations, so that a copy past an end is detected.
+/// Alignment and minimum distance of allocations, so that a copy past the end of an allocation is detected.
 const ALIGN: u64 = 512;
 
-/// Maximum size of an allocation that is filled with poison: larger ones would cost their pages.
+/// Maximum size of an allocation that is filled with poison. In larger ones the fill would allocate all their
+/// pages.
 const POISONED_MAX: u64 = 64 << 20;
 
 /// Two mappings of the same size. They stay until the process ends.
@@ -21,7 +23,7 @@ impl Window {
     pub fn new(span: u64) -> Status<Self> {
         let map = |protection| {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-            // SAFETY: a fresh anonymous mapping touches nothing that exists.
+            // SAFETY: a fresh anonymous mapping touches no existing memory.
             let at = unsafe { libc::mmap(std::ptr::null_mut(), span as usize, protection, flags, -1, 0) };
             if at == libc::MAP_FAILED { Err(OUT_OF_MEMORY) } else { Ok(at as u64) }
         };
@@ -43,9 +45,9 @@ impl Window {
 pub struct Block {
     pub start: u64,
     pub bytes: u64,
-    /// Never reused: distinguishes an allocation from a later one at the same address.
+    /// Never reused. It distinguishes an allocation from a later one at the same address.
     pub id: u64,
-    /// A stream will free it; no new work may use it.
+    /// A stream will free the allocation; no new work may use it.
     leaving: bool,
 }
 
@@ -102,7 +104,7 @@ impl Heap {
         self.used -= block.bytes;
         let (first, end) = (start.next_multiple_of(4096), (start + block.bytes) / 4096 * 4096);
         if first < end {
-            // SAFETY: whole pages of the shadow that belonged to this block alone; they read as zeros from
+            // SAFETY: whole pages of the shadow that belonged to this block alone. They read as zeros from
             // now on.
             unsafe { libc::madvise(window.shadow_of(first).cast(), (end - first) as usize, libc::MADV_DONTNEED) };
         }

@@ -1,12 +1,12 @@
-//! Modules: the entry points that a PTX text declares, and the size of their parameters.
+//! Modules: the entry points that a PTX text declares, and the sizes of their parameters.
 
 use crate::abi::{INVALID_PTX, Status};
 use std::collections::BTreeMap;
 
-/// Maps entry points to the size of their parameters in bytes.
+/// Maps each entry point to the size of its parameters in bytes.
 pub type Module = BTreeMap<String, usize>;
 
-/// Parses the `.entry` declarations of a PTX text, and nothing else of it.
+/// Parses the `.entry` declarations of a PTX text, and nothing else in it.
 pub fn parse(ptx: &str) -> Status<Module> {
     if !ptx.contains(".version") || !ptx.contains(".target") {
         return Err(INVALID_PTX);

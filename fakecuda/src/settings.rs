@@ -2,7 +2,7 @@
 
 use crate::abi::{INVALID_VALUE, Status};
 
-/// The settings of a device. Every field can be changed while it runs.
+/// The settings of a device. Every field can be changed while the device runs.
 #[derive(Clone)]
 pub struct Settings {
     /// Delay of each copy, fill and kernel, in microseconds.
@@ -13,13 +13,13 @@ pub struct Settings {
     pub mbps: u64,
     /// Whether memory that is not yet written is filled with `POISON`.
     pub poison: bool,
-    /// Whether a freed address is reused at once, or as late as possible.
+    /// Whether a freed address is reused at once; otherwise it is reused as late as possible.
     pub reuse: bool,
     /// Size of the device's memory, in MiB.
     pub mem_mb: u64,
-    /// Kinds of work that are held back: the sum of `TO_HOST` and so on.
+    /// Kinds of work that are held back: the sum of `TO_HOST` and the other constants.
     pub hold: u64,
-    /// Number of pieces of held work that may begin nevertheless.
+    /// Number of pieces of held work that may still begin.
     pub allow: u64,
     /// State of the random numbers.
     pub seed: u64,
@@ -29,7 +29,7 @@ pub struct Settings {
 pub const POISON: u8 = 0xCD;
 
 impl Settings {
-    /// The defaults, changed by `FAKECUDA_<NAME>`.
+    /// The default settings, changed by `FAKECUDA_<NAME>`.
     pub fn from_env(ordinal: usize) -> Self {
         let mut settings = Self {
             lag_us: 0,
@@ -85,7 +85,7 @@ pub fn number(name: &str) -> Option<u64> {
 pub struct Fault {
     /// The function, or `*` for any.
     name: String,
-    /// Which call from now on fails: 1 is the next, 0 is every one.
+    /// Which call from now on fails: 1 is the next call, 0 is every call.
     nth: u64,
     code: i32,
     /// If true, the call succeeds and the work that it enqueued fails.
@@ -106,7 +106,7 @@ impl Fault {
         }
     }
 
-    /// Counts this call; returns the code with which it fails, and whether only later.
+    /// Counts this call. Returns the code with which it fails, and whether it fails only later.
     fn strikes(&mut self, name: &str) -> Option<(i32, bool)> {
         if self.name != "*" && self.name != name {
             return None;
@@ -131,7 +131,7 @@ pub fn faults_from_env() -> Vec<Fault> {
     text.split(',').filter(|f| !f.is_empty()).filter_map(|f| Fault::parse(f).ok()).collect()
 }
 
-/// Counts a call against all faults; the first that matches applies.
+/// Counts a call against all faults. The first fault that matches applies.
 pub fn strike(faults: &mut Vec<Fault>, name: &str) -> Option<(i32, bool)> {
     let felt = faults.iter_mut().filter_map(|f| f.strikes(name)).collect::<Vec<_>>().first().copied();
     faults.retain(|f| !f.name.is_empty());

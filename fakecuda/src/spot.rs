@@ -17,8 +17,8 @@ impl Spot {
         Ok(host::find(address, bytes).map_or(Spot::Pageable(address), |range| Spot::Pinned(address, range)))
     }
 
-    /// The address to use now, and what keeps it usable; an error when the memory has gone since it was
-    /// enqueued.
+    /// The address to use now, and a guard that keeps it usable. An error when the memory has gone since the
+    /// work was enqueued.
     pub fn pointer(self) -> Status<(*mut u8, Option<InUse>)> {
         match self {
             Spot::Device(ordinal, address, block) => {

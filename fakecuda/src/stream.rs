@@ -1,4 +1,4 @@
-//! Streams: queues of work, each with its own thread, and the order between them that the legacy default
+//! Streams: queues of work, each with its own thread, and the order between streams that the legacy default
 //! stream requires.
 
 use crate::abi::{
@@ -29,7 +29,7 @@ pub fn create(device: &'static Device, role: Role, priority: i32) -> Status<u64>
     Ok(id)
 }
 
-/// Returns device and stream of a handle; 0, 1 and 2 are the current device's default streams.
+/// Returns the device and the stream of a handle. 0, 1 and 2 are the current device's default streams.
 pub fn find(handle: u64) -> Status<(&'static Device, u64)> {
     if handle > 2 {
         let device = device::get(ordinal_of(Kind::Stream, handle)?)?;
@@ -54,8 +54,8 @@ fn legacy(state: &State) -> Option<u64> {
     state.streams.iter().find(|(_, s)| s.role == Role::Legacy && !s.destroyed).map(|(&id, _)| id)
 }
 
-/// Enqueues work; `block` waits until it is done, as the driver does for memory that it cannot copy from or
-/// to later.
+/// Enqueues work. With `block` the call waits until the work is done, as the driver does for memory that it
+/// cannot copy from or to later.
 pub fn enqueue(stream: u64, work: Work, block: bool) -> Status {
     let (device, id) = find(stream)?;
     let mut state = device.state();
@@ -79,7 +79,7 @@ pub fn enqueue(stream: u64, work: Work, block: bool) -> Status {
 }
 
 impl State {
-    /// Appends work to a stream, and returns its number there.
+    /// Appends work to a stream, and returns the work's number in that stream.
     pub fn push(&mut self, id: u64, work: Work, fault: Option<i32>) -> u64 {
         let role = self.streams[&id].role;
         let concerns = |other: Role| match role {
@@ -101,7 +101,7 @@ impl State {
     }
 }
 
-/// Waits until a stream has reached this number; fails with the device's error.
+/// Waits until a stream has reached this number. Fails with the device's error.
 pub fn wait_for(
     device: &'static Device,
     mut state: std::sync::MutexGuard<'static, State>,

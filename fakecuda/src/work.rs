@@ -1,5 +1,5 @@
-//! What streams are made of: pieces of work, where they read and write, and the queues that they wait in. The
-//! device holds these; what is done with them is in the modules above it.
+//! The contents of streams: pieces of work, the memory that they read and write, and the queues in which they
+//! wait. The device holds these objects; the modules above it run the work.
 
 use crate::event::Event;
 use crate::host::Range;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::thread::ThreadId;
 use std::time::Duration;
 
-/// Long enough to cost nothing, short enough for a missed wake-up not to matter.
+/// Long enough to cost nothing, and short enough that a missed wake-up does not matter.
 pub const PATIENCE: Duration = Duration::from_millis(20);
 
 /// One end of a copy, as it was when the copy was enqueued.
@@ -41,30 +41,30 @@ pub enum Work {
 pub struct Item {
     pub work: Work,
     pub seq: u64,
-    /// Other streams of this device, and how far they must have come before.
+    /// Other streams of this device, and the number that each must have reached before.
     pub after: Vec<(u64, u64)>,
-    /// Fails with this code instead of being done.
+    /// If set, the work fails with this code instead of running.
     pub fault: Option<i32>,
 }
 
-/// What a stream is to the others.
+/// How a stream is ordered with other streams.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub enum Role {
-    /// Made by the program, ordered with the legacy stream.
+    /// Created by the program, and ordered with the legacy stream.
     #[default]
     Blocking,
-    /// Made by the program, ordered with nothing.
+    /// Created by the program, and not ordered with any other stream.
     NonBlocking,
     /// The legacy default stream of a device.
     Legacy,
-    /// The default stream of a thread, ordered like a blocking one.
+    /// The default stream of a thread, ordered like a blocking stream.
     OfThread,
 }
 
 #[derive(Default)]
 pub struct Stream {
     pub queue: VecDeque<Item>,
-    /// How much was ever enqueued and done.
+    /// How many pieces of work were ever enqueued and done.
     pub enqueued: u64,
     pub done: u64,
     pub role: Role,
@@ -74,7 +74,7 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Ends at once: what was enqueued counts as done.
+    /// Ends the stream at once. All enqueued work counts as done.
     pub fn close(&mut self) {
         self.destroyed = true;
         self.queue.clear();
@@ -82,7 +82,7 @@ impl Stream {
     }
 }
 
-/// A capture under way.
+/// A capture that is under way.
 pub struct Capture {
     pub mode: i32,
     pub thread: ThreadId,
@@ -91,5 +91,5 @@ pub struct Capture {
     pub invalid: bool,
 }
 
-/// What was captured: a sequence, which is one of the orders that the graph allows.
+/// The captured work: a sequence, which is one of the orders that the graph allows.
 pub type Graph = Vec<Work>;

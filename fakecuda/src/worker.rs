@@ -1,4 +1,4 @@
-//! The thread of a stream: takes work in order, waits for its dependencies, and runs it.
+//! The thread of a stream: it takes work in order, waits for its dependencies, and runs it.
 
 use crate::abi::{Status, is_sticky};
 use crate::device::{Device, State};
@@ -14,10 +14,10 @@ const ON_DEVICE: u64 = 4;
 const KERNELS: u64 = 8;
 const WRITES: u64 = 16;
 
-/// Polling interval for events of other devices, which do not wake this thread.
+/// Polling interval for events of other devices, because these do not wake this thread.
 const LOOK: Duration = Duration::from_micros(50);
-/// Polling interval for memory: longer, because only writes of the host come without a wake-up, and streams
-/// may wait long.
+/// Polling interval for memory. It is longer, because only writes of the host come without a wake-up, and
+/// streams may wait long.
 const LOOK_AT_MEMORY: Duration = Duration::from_micros(300);
 
 /// Runs until the stream is destroyed and its queue is empty.
@@ -59,7 +59,7 @@ pub fn work(device: &'static Device, id: u64) {
             continue;
         }
         let delay = delay(&mut state, &work);
-        // A host function may itself make calls, and receive errors.
+        // A host function may itself make calls, and receive their errors.
         let touches = !dead && !matches!(work, Work::Call(..));
         state.running += u32::from(touches);
         drop(state);
@@ -75,7 +75,7 @@ pub fn work(device: &'static Device, id: u64) {
         };
         state = device.state();
         state.running -= u32::from(touches);
-        // Work that was running at a reset is no error of later work.
+        // Work that was running at a reset does not fail later work.
         let counts = state.streams.get(&id).is_some_and(|s| s.queue.front().is_some_and(|i| i.seq == seq));
         if let (Err(code), true) = (result, counts) {
             state.sticky.get_or_insert(if is_sticky(code) { code } else { crate::abi::ILLEGAL_ADDRESS });
@@ -85,7 +85,7 @@ pub fn work(device: &'static Device, id: u64) {
     }
 }
 
-/// Marks a piece of work as done; the stream may have been closed meanwhile.
+/// Marks a piece of work as done. The stream may have been closed meanwhile.
 fn end(state: &mut MutexGuard<'_, State>, id: u64, seq: u64) {
     if let Some(stream) = state.streams.get_mut(&id) {
         if stream.queue.front().is_some_and(|i| i.seq == seq) {
@@ -95,8 +95,8 @@ fn end(state: &mut MutexGuard<'_, State>, id: u64, seq: u64) {
     }
 }
 
-/// True if the work waits for something that does not wake this thread. Checking that may take any device's
-/// lock.
+/// True if the work waits for something that does not wake this thread. Checking may take the lock of any
+/// device.
 fn is_watched(device: &Device, work: &Work) -> bool {
     match work {
         Work::Await { .. } => true,
@@ -105,14 +105,14 @@ fn is_watched(device: &Device, work: &Work) -> bool {
     }
 }
 
-/// True if the event or value in memory that the work waits for has come.
+/// True if the event has been reached, or the value in memory has arrived, for which the work waits.
 fn is_due(work: &Work) -> bool {
     match work {
         Work::Wait(event, generation) => event.has_reached(*generation),
         Work::Await { at, value, test } => {
-            // A freed address is an error, reported when the work runs.
+            // A freed address is an error. It is reported when the work runs.
             let Ok((pointer, _in_use)) = at.pointer() else { return true };
-            // SAFETY: `pointer` vouches for four bytes; the alignment was checked when the wait was enqueued.
+            // SAFETY: `pointer` guarantees four bytes; the alignment was checked when the wait was enqueued.
             let now = unsafe { AtomicU32::from_ptr(pointer.cast()) }.load(Ordering::Acquire);
             match test {
                 0 => now.wrapping_sub(*value) as i32 >= 0,
@@ -170,8 +170,8 @@ fn run(device: &Device, work: &Work) -> Status {
         Work::Copy { to, from, bytes } => {
             let ((to, _to_in_use), (from, _from_in_use)) = (to.pointer()?, from.pointer()?);
             // SAFETY: both ends were checked to have `bytes` when the copy was enqueued, and still exist:
-            // pinned ranges stay while they are in use, shadows always, and for pageable memory the caller
-            // waits.
+            // pinned ranges stay while they are in use, shadows always stay, and for pageable memory the
+            // caller waits.
             unsafe { std::ptr::copy(from, to, *bytes as usize) };
         }
         Work::Fill { to, value, bytes } => {
@@ -199,15 +199,15 @@ fn run(device: &Device, work: &Work) -> Status {
     Ok(())
 }
 
-/// Stores a value; a reader that sees it also sees everything before it in the stream.
+/// Stores a value. A reader that sees the value also sees all earlier work of the stream.
 fn write(to: Spot, value: u64, bytes: u64) -> Status {
     let (to, _in_use) = to.pointer()?;
     fence(Ordering::SeqCst);
     if bytes == 4 {
-        // SAFETY: checked to have four bytes, and aligned, when the write was enqueued.
+        // SAFETY: the address was checked to have four bytes, and to be aligned, when the write was enqueued.
         unsafe { AtomicU32::from_ptr(to.cast()) }.store(value as u32, Ordering::Release);
     } else {
-        // SAFETY: as above, with eight.
+        // SAFETY: as above, with eight bytes.
         unsafe { AtomicU64::from_ptr(to.cast()) }.store(value, Ordering::Release);
     }
     Ok(())

@@ -1,5 +1,5 @@
-//! Sources and targets in memory that [cudarc](https://docs.rs/cudarc) allocated: slices, views of them,
-//! parts of them.
+//! Sources and targets in memory that [cudarc](https://docs.rs/cudarc) allocated: slices, views of slices,
+//! and parts of slices.
 //!
 //! ```no_run
 //! use ashore::adapters::cudarc::CudaTensor;
@@ -21,32 +21,33 @@
 //!
 //! # Which cudarc
 //!
-//! The version that this crate was built with, 0.19, re-exported here as [`cudarc`]. Another version has
-//! other types, and mixing them is a compile error. A program that uses `ashore::adapters::cudarc::cudarc`
-//! always has the right one.
+//! Use the version that this crate was built with, 0.19, which is re-exported here as [`cudarc`]. Another
+//! version has other types, and mixing them is a compile error. A program that uses
+//! `ashore::adapters::cudarc::cudarc` always has the right version.
 //!
 //! # Order
 //!
-//! Copies come after everything that cudarc records as having written the slice, in any stream: where it
-//! manages the order of streams, making a [`CudaTensor`] makes the slice's own stream wait for the last
-//! write. Where it does not (no stream was made by that context, or event tracking is off), copies come only
-//! after what was queued in the slice's own stream, or ordered before that.
+//! Copies come after all writes to the slice that cudarc has recorded, in any stream. Where cudarc manages
+//! the order of streams, making a [`CudaTensor`] makes the slice's own stream wait for the last write. Where
+//! it does not (no stream was made by that context, or event tracking is off), copies come only after work
+//! that was queued in the slice's own stream, or that was ordered before such work.
 //!
-//! A shared slice cannot be written safely before its source is dropped, which the stager does when the
-//! copies have ended; so [`Arc::get_mut`] returns None after a forgotten fence. To write without waiting on
+//! A shared slice cannot be written safely before its source is dropped. The stager drops the source when the
+//! copies have ended, so [`Arc::get_mut`] returns None after a forgotten fence. To write without waiting on
 //! the host, borrow the slice in a [`scope`](crate::CheckpointExecutor::scope) that ends with
-//! [`Fence::on`](crate::Fence::on): cudarc then records its copies as reads by the slice's stream, and any
-//! stream that writes the slice through cudarc waits for them on the GPU. Kernels that write through a shared
-//! reference are outside of this: name their streams in the fence.
+//! [`Fence::on`](crate::Fence::on): cudarc then records the copies as reads by the slice's stream, and any
+//! stream that writes the slice through cudarc waits for them on the GPU. This does not cover kernels that
+//! write through a shared reference: name their streams in the fence.
 //!
 //! # Panics
-//! A slice exists only if cudarc has loaded the driver; nothing here calls the driver without one.
+//! A slice exists only if cudarc has loaded the driver. No function here calls the driver without a slice.
 //!
 //! # Safety argument
-//! A slice stays allocated while it is owned or borrowed, and is freed in its own stream after its copies: a
-//! source that owns it is dropped when they have ended, and one that borrows it when that stream waits for
-//! them. A race of streams could change only the values of bytes on the device, which are not Rust memory. A
-//! stream is named while it is borrowed, or by a source, whose slice keeps it.
+//! A slice stays allocated while it is owned or borrowed, and is freed in its own stream after its copies. A
+//! source that owns the slice is dropped when the copies have ended. A source that borrows it is dropped when
+//! the slice's stream waits for the copies. A race of streams could change only the values of bytes on the
+//! device, which are not Rust memory. A stream is named only while it is borrowed, or by a source whose slice
+//! keeps the stream.
 #![expect(unsafe_code, reason = "sources over memory of a device; argument above")]
 
 pub use ::cudarc;
@@ -59,8 +60,8 @@ use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A stream of a primary context, for use with a fence; the fence refuses one of another context. It cannot
-/// outlive the stream:
+/// A stream of a primary context, for use with a fence. The fence refuses a stream of another context. The
+/// result cannot outlive the stream:
 /// ```compile_fail,E0597
 /// # use ashore::{CheckpointExecutor, DeviceStream};
 /// # use cudarc::driver::CudaContext;
@@ -75,12 +76,12 @@ use std::sync::Arc;
 impl<'s> From<&'s CudaStream> for DeviceStream<'s> {
     fn from(stream: &'s CudaStream) -> Self {
         let context = stream.context();
-        // The driver would accept a stream of another context as one of ours. Give it an invalid ordinal, so
+        // The driver would accept a stream of another context as one of ours. An invalid ordinal makes sure
         // that it is refused.
         let ordinal = u32::try_from(context.ordinal()).ok().filter(|_| context.is_primary());
         let ordinal = ordinal.unwrap_or(u32::MAX);
-        // SAFETY: cudarc destroys the stream on drop, and it is borrowed; it is of a primary context, or
-        // refused.
+        // SAFETY: cudarc destroys the stream on drop, and the stream is borrowed here. It is of a primary
+        // context, or it is refused.
         unsafe { Self::new(ordinal, stream.cu_stream() as usize) }
     }
 }
@@ -103,11 +104,11 @@ pub struct CudaTensor<O: CudaOwner> {
 }
 
 impl<O: CudaOwner> CudaTensor<O> {
-    /// Makes a tensor of `shape` over the elements of `owner`. Its length is checked when it is put into a
-    /// state dict.
+    /// Makes a tensor of `shape` over the elements of `owner`. The length is checked when the tensor is put
+    /// into a state dict.
     ///
     /// # Errors
-    /// `Invalid` for a slice whose stream is not of its device's primary context, or is the per-thread
+    /// `Invalid` for a slice whose stream is not of the primary context of its device, or is the per-thread
     /// default stream; `Device` when cudarc has met an error in that context.
     pub fn new(owner: O, shape: impl AsRef<[usize]>) -> Result<Self> {
         Self::with_dtype(owner, O::Element::DTYPE, shape)
@@ -123,8 +124,8 @@ impl<O: CudaOwner> CudaTensor<O> {
         Self::over(owner, all, Layout::new(dtype, shape))
     }
 
-    /// Makes a tensor of `shape` over the elements `range` of `owner`: one of several that share an
-    /// allocation.
+    /// Makes a tensor of `shape` over the elements `range` of `owner`. Several tensors can share an
+    /// allocation this way.
     ///
     /// # Errors
     /// As [`CudaTensor::new`]; `Invalid` for a range that is not within the slice.
@@ -132,7 +133,7 @@ impl<O: CudaOwner> CudaTensor<O> {
         Self::over(owner, range, Layout::new(O::Element::DTYPE, shape))
     }
 
-    /// Like [`CudaTensor::part`], for a dtype without a Rust type, or another one than that of the slice: a
+    /// Like [`CudaTensor::part`], for a dtype without a Rust type, or a dtype other than that of the slice. A
     /// `CudaSlice<u8>` may have tensors of any dtype. `range` counts elements of `owner`.
     ///
     /// # Errors
@@ -163,8 +164,8 @@ impl<O: CudaOwner> Drop for CudaTensor<O> {
     fn drop(&mut self) {
         let memory = self.owner.memory();
         if O::BORROWED {
-            // Records the copies as a read by the slice's stream, which comes after them by now, so that
-            // writers known to cudarc wait for them.
+            // Records the copies as a read by the slice's stream, so that writers known to cudarc wait for
+            // them. The slice's stream comes after the copies by now.
             drop(memory.device_ptr(memory.stream()));
         } else {
             // cudarc frees in the current context, and any thread may drop this last reference.
@@ -211,8 +212,8 @@ pub trait CudaOwner: Send + Sync + sealed::Sealed {
 }
 
 /// GPU memory of cudarc as the target of a restored tensor: a `CudaSlice<T>` or a `CudaViewMut<T>`, borrowed
-/// until [`read_into`](crate::Checkpoint::read_into) has returned. The tensor must have as many bytes, and
-/// the dtype of `T`.
+/// until [`read_into`](crate::Checkpoint::read_into) has returned. The tensor must have the same number of
+/// bytes, and the dtype of `T`.
 ///
 /// ```no_run
 /// use ashore::adapters::cudarc::CudaTarget;
@@ -227,7 +228,7 @@ pub trait CudaOwner: Send + Sync + sealed::Sealed {
 /// }
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-/// The target cannot be used meanwhile:
+/// The program cannot use the memory meanwhile:
 /// ```compile_fail,E0505
 /// # use ashore::{Checkpoint, Targets, adapters::cudarc::CudaTarget};
 /// # fn demo(from: &Checkpoint, mut weights: cudarc::driver::CudaSlice<f32>) -> ashore::Result<()> {
@@ -240,8 +241,8 @@ pub trait CudaOwner: Send + Sync + sealed::Sealed {
 pub struct CudaTarget<'t>(DeviceTarget<'t>);
 
 impl<'t> CudaTarget<'t> {
-    /// Makes a target of all of `memory`. It is written after all work that cudarc has recorded as using it,
-    /// in any stream.
+    /// Makes a target of all of `memory`. The restore writes it after all work, in any stream, that cudarc
+    /// has recorded as using it.
     ///
     /// # Errors
     /// As [`CudaTensor::new`].
@@ -304,8 +305,8 @@ fn readable(stream: &Arc<CudaStream>) -> Result<DeviceStream<'_>> {
     Err(Error::invalid(format!("{why} device=cuda:{}", context.ordinal())))
 }
 
-/// Fails when cudarc has recorded an error in this context that no call returned: its waits may have had no
-/// effect.
+/// Fails when cudarc has recorded an error in this context that no call returned: waits of cudarc may then
+/// have had no effect.
 fn unfailed(context: &CudaContext) -> Result<()> {
     context.check_err().map_err(|error| {
         let device = context.ordinal();

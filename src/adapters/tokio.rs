@@ -5,8 +5,8 @@
 //! for every runtime.
 //!
 //! **Dropping** one of these futures early does not stop the call, which ends on its thread of the pool.
-//! **Panics**: polled outside a tokio runtime. **Errors**: as the call of the same name without `_async`, and
-//! `Cancelled` when the runtime shuts down before the call has begun.
+//! **Panics**: when polled outside a tokio runtime. **Errors**: as the call of the same name without
+//! `_async`, and `Cancelled` when the runtime shuts down before the call has begun.
 
 use crate::catalog::Found;
 use crate::checkpoint::Checkpoint;

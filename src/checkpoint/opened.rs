@@ -1,4 +1,4 @@
-//! Opening a step: its manifest, its tables and its files, and why that fails.
+//! Opens a step: its manifest, its tables and its files. Says why an open failed.
 
 use super::Checkpoint;
 use super::tables::Directory;
@@ -21,7 +21,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::SystemTime;
 
-/// Of a step of up to this many files, every file is opened and checked when the step is opened.
+/// If a step has up to this many files, every file is opened and checked when the step is opened.
 const CHECKED: usize = 1000;
 
 pub(crate) struct Opened {
@@ -37,7 +37,7 @@ pub(crate) struct Opened {
 }
 
 impl Checkpoint {
-    /// True for a tensor, by its number among all, whose bytes another one holds.
+    /// True if another tensor holds the bytes of the tensor with this number.
     #[doc(hidden)]
     pub fn is_alias(&self, number: usize) -> Result<bool> {
         self.opened.index.is_alias(number).map_err(|e| self.unlisted(e))
@@ -54,12 +54,13 @@ pub(crate) enum Failure {
     Unknown(Error),
     /// This library made the step, and one of its files is missing.
     Gone(Error),
-    /// This library made the step, and it cannot be opened: `Corrupt` when its bytes are not those written.
+    /// This library made the step, but the step cannot be opened. The error is `Corrupt` when its bytes are
+    /// not the bytes that were written.
     Broken(Error),
 }
 
 impl Failure {
-    /// True for a step of this library whose bytes are not those written.
+    /// True for a step of this library whose bytes are not the bytes that were written.
     pub fn is_damage(&self) -> bool {
         match self {
             Self::Gone(_) => true,
@@ -137,10 +138,10 @@ impl Opened {
 }
 
 impl Opened {
-    /// The values in a file of a rank that wrote no tensor.
+    /// Reads the values in the file of a rank that wrote no tensor.
     ///
     /// # Errors
-    /// `Corrupt`, with the path, when the file is not what was written, or no JSON.
+    /// `Corrupt`, with the path, when the file differs from what was written, or is not JSON.
     pub fn values(&self, number: usize) -> Result<BTreeMap<String, serde_json::Value>> {
         let (file, entry) = (self.files.get(number)?, &self.index.file(number)?.entry);
         let locate = |error: Error| error.with_path(self.path.join(&entry.name));
@@ -192,7 +193,7 @@ impl Files {
         };
         thread::scope(|scope| {
             for _ in 1..threads {
-                // Without another thread this one opens all of them, only slower.
+                // If no other thread can be started, this thread opens all files, only slower.
                 if thread::Builder::new().name("ashore-open".into()).spawn_scoped(scope, open).is_err() {
                     break;
                 }
@@ -202,7 +203,7 @@ impl Files {
         first.into_inner().map_or(Ok(()), |error| Err(broken(error)))
     }
 
-    /// A file by its number, open.
+    /// Returns the file with this number, opened.
     pub fn get(&self, number: usize) -> Result<&dyn FileReading> {
         let none = || Error::internal(format!("no such file index={number}"));
         let cell = self.open.get(number).ok_or_else(none)?;
@@ -222,9 +223,9 @@ impl Files {
 /// How many shards are searched for the metadata of this library.
 const MARKED: usize = 8;
 
-/// True when this library made the step `name`, however damaged it is. Either its manifest begins as ours do;
-/// or the manifest is empty, zeroed or cut and `name` is one that this library gives; or a shard's header has
-/// the metadata of a save.
+/// True when this library made the step `name`, however damaged the step is. One of three facts shows this:
+/// the manifest begins as this library's manifests do; the manifest is empty, zeroed or cut, and `name` is a
+/// name that this library gives; or a shard's header has the metadata of a save.
 fn ours(reading: &dyn Reading, name: &str) -> Result<bool> {
     let missing = |error: &Error| error.kind() == ErrorKind::NotFound;
     match reading.open(MANIFEST) {
@@ -251,7 +252,7 @@ fn ours(reading: &dyn Reading, name: &str) -> Result<bool> {
     Ok(false)
 }
 
-/// Refuses to replace what is under `name` when this library did not make it. An unused name is accepted.
+/// Refuses to replace a directory `name` that this library did not make. An unused name is accepted.
 pub(crate) fn replaceable(storage: &dyn Storage, name: &str) -> Result<()> {
     let reading = match storage.open(name) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
@@ -268,7 +269,8 @@ pub(crate) fn replaceable(storage: &dyn Storage, name: &str) -> Result<()> {
 fn read_whole(file: &dyn FileReading) -> Result<AlignedBuffer> {
     let no_memory = || Error::new(ErrorKind::Busy, format!("no memory for a manifest bytes={}", file.len()));
     let len = usize::try_from(file.len()).map_err(|_| no_memory())?;
-    // An aligned buffer: with direct I/O it is read in one request instead of many through another buffer.
+    // The buffer is aligned: direct I/O then reads the file in one request, instead of many through another
+    // buffer.
     let mut bytes = AlignedBuffer::try_new(len).ok_or_else(no_memory)?;
     file.read_at(0, &mut bytes)?;
     Ok(bytes)
@@ -282,7 +284,7 @@ fn mark(file: &dyn FileReading) -> Result<(u64, Attempt)> {
     shard::identity(prefix)
 }
 
-/// Opens a file of a step, and checks that it is the one that was written.
+/// Opens a file of a step, and checks that it is the file that was written.
 fn open_file(reading: &dyn Reading, row: &FileRow) -> Result<Arc<dyn FileReading>> {
     let FileRow { entry, origin, .. } = row;
     let file = reading.open(&entry.name)?;

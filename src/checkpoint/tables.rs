@@ -1,4 +1,5 @@
-//! The tables of a step, as its storage has them. Across a network, what is looked up next is read with it.
+//! The tables of a step, read from its storage. Over a network, one read fetches a whole stretch of a table,
+//! because the next lookups are often in the same stretch.
 
 use crate::error::Result;
 use crate::format::index::Medium;
@@ -12,13 +13,14 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Bytes that one request brings of a table: they take no longer than the request.
+/// Bytes of a table that one request fetches, called a stretch. Their transfer takes no longer than the
+/// request.
 const AHEAD: u64 = 1 << 20;
 
-/// Maximum number of such stretches that an open step keeps, for all its tables.
+/// Maximum number of stretches that an open step keeps, over all its tables.
 const KEPT: NonZeroUsize = NonZeroUsize::new(16).expect("not zero");
 
-/// Stretches of tables that were read ahead, by the number of the table and the place in it.
+/// Stretches of tables that were read ahead, by the number of the table and the offset in it.
 type Ahead = LruCache<(usize, u64), Arc<[u8]>, FixedState>;
 
 /// The directory in which the tables of a step are opened.
@@ -58,7 +60,7 @@ struct TableFile {
     file: Arc<dyn FileReading>,
     path: PathBuf,
     again: bool,
-    /// Its number, and what was read ahead; None where short reads cost little.
+    /// The number of the table, and the stretches that were read ahead. None where short reads cost little.
     ahead: Option<(usize, Arc<Mutex<Ahead>>)>,
 }
 
@@ -69,7 +71,7 @@ impl fmt::Debug for TableFile {
 }
 
 impl TableFile {
-    /// Reads the stretch that begins at `start`, or returns what was read before.
+    /// Returns the stretch that begins at `start`. Reads it if it is not kept.
     fn stretch(&self, number: usize, ahead: &Mutex<Ahead>, start: u64) -> Result<Arc<[u8]>> {
         let lock = || ahead.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(bytes) = lock().get(&(number, start)) {

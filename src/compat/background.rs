@@ -1,4 +1,4 @@
-//! The thread of an adapter, which does what it is sent, in order.
+//! The thread of an adapter. It does the work that it is sent, in order.
 
 use crate::completion::Completion;
 use crate::error::{Error, Result};
@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::thread::ThreadId;
 use std::time::Instant;
 
-/// The thread and its channel. In a forked child, whose parent has the thread, dropping it does nothing: to
-/// close the channel there could wait for a lock that the thread held at the fork.
+/// The thread and its channel. In a forked child the thread does not exist. Dropping this value there does
+/// nothing, because closing the channel could wait for a lock that the thread held at the fork.
 pub(crate) struct Background<T> {
     /// None when it is closed.
     work: Option<Sender<T>>,
@@ -41,24 +41,25 @@ impl<T> Background<T> {
     /// Sends `work` to the thread.
     ///
     /// # Errors
-    /// `Internal` when it has ended.
+    /// `Internal` when the thread has ended.
     pub fn send(&self, work: T) -> Result<()> {
         let gone = || Error::internal("the thread of an adapter has ended");
         self.work.as_ref().ok_or_else(gone)?.send(work).map_err(|_| gone())
     }
 
-    /// The process of the thread.
+    /// The process that has the thread.
     pub fn origin(&self) -> ForkGuard {
         self.origin
     }
 
-    /// Whether the calling thread is this one.
+    /// Whether the calling thread is the thread of this adapter.
     pub fn is_here(&self) -> bool {
         std::thread::current().id() == self.thread
     }
 
-    /// Ends the thread when it has done what it was sent. False when it had not ended at `deadline`; at once
-    /// in the thread itself, which runs wakers and may drop the last owner.
+    /// Ends the thread when it has done the work that it was sent. Returns false when the thread had not
+    /// ended at `deadline`. Returns false at once in the thread itself, which runs wakers and may drop the
+    /// last owner.
     pub fn close(&mut self, deadline: Instant) -> bool {
         let Some(work) = self.work.take() else { return true };
         if !self.origin.is_ours() {

@@ -20,10 +20,10 @@ pub(crate) struct CheckpointPath {
 }
 
 impl CheckpointPath {
-    /// What a save by `executor` to `path` becomes.
+    /// Finds what a save by `executor` to `path` writes.
     ///
     /// # Errors
-    /// `Invalid`: the path has no name, or several ranks save and it is outside of their root.
+    /// `Invalid`: the path has no name, or several ranks save and the path is outside of their root.
     pub fn of(executor: &CheckpointExecutor, path: &Path) -> Result<Self> {
         let plain = match StepPlace::of(path)? {
             StepPlace::Directory(plain) => plain,
@@ -52,7 +52,7 @@ impl CheckpointPath {
         })
     }
 
-    /// `options`, of a save to this path.
+    /// Returns `options` for a save to this path.
     pub fn options(&self, options: SaveOptions) -> SaveOptions {
         match &self.name {
             Some(name) => options.name(name),

@@ -1,4 +1,4 @@
-//! The end of saves and executors: what must have ended by a deadline, and errors that no later call returns.
+//! Ends saves and executors by a deadline, and returns or logs the errors that no later call returns.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
@@ -12,7 +12,7 @@ use std::time::Instant;
 ///
 /// # Errors
 /// The failure of the save; `Deadline` when it was cancelled; `Indeterminate` when it was still being
-/// published at `grace`: it may become durable.
+/// published at `grace`: the save may become durable.
 pub(crate) fn end_by(save: &Save, deadline: Instant, grace: Instant, what: &str) -> Result<Outcome> {
     let failed = |kind, why: &str| Err(Error::new(kind, format!("{why} {what}")).with_step(save.step()));
     let ended = |until: Instant| {

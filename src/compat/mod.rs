@@ -1,11 +1,11 @@
-//! The interfaces of other systems as thin adapters over one executor. Each keeps the names and the meaning
-//! of its system and shares one write path and one format. A save through an adapter leaves the bytes that
-//! [`CheckpointExecutor::save`](crate::CheckpointExecutor::save) leaves, except for [`graph::InMemory`], the
-//! database of the feature `sqlite`, and storage writers that a program supplies.
+//! The interfaces of other systems as thin adapters over one executor. Each adapter keeps the names and the
+//! meaning of its system. All adapters share one write path and one format. A save through an adapter writes
+//! the same bytes as [`CheckpointExecutor::save`](crate::CheckpointExecutor::save), except for
+//! [`graph::InMemory`], the database of the feature `sqlite`, and storage writers that a program supplies.
 //!
 //! **Shutdown.** A handler, manager or executor of an adapter waits for its saves when it is dropped, and
-//! returns their errors from `close`. Its threads keep no executor alive. In a forked child, dropping it
-//! waits for nothing and does not affect the parent.
+//! returns their errors from `close`. Its threads keep no executor alive. In a forked child, the drop waits
+//! for nothing and does not affect the parent.
 //!
 //! **Floor 5**: above everything; nothing below imports it. The adapters do not depend on each other.
 //!

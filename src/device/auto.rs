@@ -6,8 +6,8 @@ use super::{Device, DeviceChoice, DeviceReport, Host};
 use crate::error::Result;
 use std::sync::Arc;
 
-/// Environment variables in which launchers pass a process its rank on its machine: torchrun, Slurm, Open
-/// MPI, MVAPICH, Hydra and Intel MPI, Flux, PALS.
+/// Environment variables in which launchers pass a process its local rank on the machine. The launchers:
+/// torchrun, Slurm, Open MPI, MVAPICH, Hydra and Intel MPI, Flux, PALS.
 const LOCAL_RANKS: [&str; 7] = [
     "LOCAL_RANK",
     "SLURM_LOCALID",
@@ -18,11 +18,11 @@ const LOCAL_RANKS: [&str; 7] = [
     "PALS_LOCAL_RANKID",
 ];
 
-/// A likely device, and what suggests it.
+/// A likely device, and the evidence for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Hint {
     pub ordinal: u32,
-    /// What suggests it, for messages.
+    /// The evidence, for messages.
     pub why: String,
 }
 
@@ -36,8 +36,9 @@ impl Hint {
     }
 }
 
-/// Resolves `choice` to a device of this machine. [`DeviceChoice::Auto`] is decided in this call: the context
-/// current in this thread, else the local rank from the launcher, else the first GPU.
+/// Resolves `choice` to a device of this machine. This call decides [`DeviceChoice::Auto`]: it takes the
+/// device of the context that is current in this thread, else the local rank from the launcher, else the
+/// first GPU.
 ///
 /// # Errors
 /// `Unavailable` or `Device`, naming what is missing, for a requested GPU that is not available.
@@ -49,9 +50,9 @@ pub fn choose(choice: DeviceChoice) -> Result<(Arc<dyn Device>, DeviceReport)> {
     }
 }
 
-/// Resolves `choice` for an executor. [`DeviceChoice::Auto`] is the device `given`, on which the program
-/// handed in memory, else that of the current context; otherwise it stays open until the first tensor of a
-/// GPU is seen.
+/// Resolves `choice` for an executor. [`DeviceChoice::Auto`] takes the device `given`, whose memory the
+/// program handed in, else the device of the current context. Otherwise the choice stays open until the first
+/// GPU tensor is seen.
 pub(crate) fn choose_later(choice: DeviceChoice, given: Option<u32>) -> Result<(Arc<dyn Device>, DeviceReport)> {
     match choice {
         DeviceChoice::Auto => Ok(auto(false, given).unwrap_or_else(no_gpu)),
@@ -109,7 +110,7 @@ mod tests {
         };
         assert_eq!(hint(&[("LOCAL_RANK", "3")], 8), Some((3, "LOCAL_RANK=3".into())));
         assert_eq!(hint(&[("LOCAL_RANK", "9")], 8), Some((1, "LOCAL_RANK=9".into())));
-        // This launcher shows each process one device.
+        // This launcher shows each process a single device.
         assert_eq!(hint(&[("SLURM_LOCALID", "5")], 1), Some((0, "SLURM_LOCALID=5".into())));
         assert_eq!(hint(&[("LOCAL_RANK", "five"), ("SLURM_LOCALID", " 2 ")], 4), Some((2, "SLURM_LOCALID=2".into())));
         assert_eq!(

@@ -1,7 +1,8 @@
 //! The queue of copies from tensors into slabs.
 //!
 //! # Safety argument
-//! This file has contracts of asynchronous copies. Its one unsafe body copies nothing and returns an error.
+//! This file states the contracts of asynchronous copies. Its one unsafe body copies nothing and returns an
+//! error.
 
 use super::Dependency;
 use crate::digest::Digest;
@@ -9,23 +10,23 @@ use crate::error::{Error, ErrorKind, Result};
 use smallvec::SmallVec;
 use std::time::{Duration, Instant};
 
-/// When a device made its copies of one chunk, by the clock of the host.
+/// When a device made its copies of one chunk, on the host's clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CopyTime {
     /// The device.
     pub ordinal: u32,
-    /// When it began.
+    /// When the copies began.
     pub begin: Instant,
-    /// When it ended.
+    /// When the copies ended.
     pub end: Instant,
-    /// How far both may be off.
+    /// The maximum error of both times.
     pub error: Duration,
 }
 
 /// A first-in first-out queue of copies into slabs.
 pub trait CopyQueue {
-    /// Queues a copy of `len` bytes. Returns the digest if this thread has already made the copy; None if the
-    /// copy ends later, and the reader of the slab must digest the bytes.
+    /// Queues a copy of `len` bytes. Returns the digest if this thread has already made the copy. Returns
+    /// None if the copy ends later: the reader of the slab must then digest the bytes.
     ///
     /// # Safety
     /// `from` stays readable, and `to` writable and otherwise untouched, until a later mark is reached.
@@ -46,7 +47,7 @@ pub trait CopyQueue {
     /// Queues a copy of `len` bytes from the memory of device `ordinal`.
     ///
     /// # Safety
-    /// As [`CopyQueue::copy`], except that `from` need be readable only by device `ordinal`.
+    /// As [`CopyQueue::copy`], except that only device `ordinal` needs to be able to read `from`.
     ///
     /// # Errors
     /// `Device`, sticky; `Invalid` for an unknown device.
@@ -55,12 +56,12 @@ pub trait CopyQueue {
         Err(Error::new(ErrorKind::Invalid, format!("no copies from this device device=cuda:{ordinal}")))
     }
 
-    /// Allows later fetches to be held back until [`CopyQueue::flush`] or the next mark, which queues them in
-    /// one call.
+    /// Allows the queue to hold back later fetches until [`CopyQueue::flush`] or the next mark, which queues
+    /// them in one call.
     fn batch(&mut self) {}
 
     /// Queues the copies that are held back. Must not be called after a failure: [`CopyQueue::quiesce`] drops
-    /// them.
+    /// these copies.
     ///
     /// # Errors
     /// `Device`, sticky.
@@ -68,29 +69,29 @@ pub trait CopyQueue {
         Ok(())
     }
 
-    /// Queues a completion event behind the copies so far, and returns its number: 1, 2, 3, ...
+    /// Queues a completion event behind the copies so far, and returns the event's number: 1, 2, 3, ...
     ///
     /// # Errors
     /// `Device`, sticky.
     fn event(&mut self) -> Result<u64>;
 
-    /// The number of the last completion event reached; never falls.
+    /// The number of the last completion event reached. It never falls.
     ///
     /// # Errors
     /// `Device`, sticky.
     fn reached(&mut self) -> Result<u64>;
 
-    /// Measures, or no longer, when devices make copies. Called before the first copy of each save.
+    /// Turns the measurement of copy times on or off. Called before the first copy of each save.
     fn measure(&mut self, _on: bool) {}
 
-    /// Takes what was measured of the copies that the completion event `event`, which is reached, is the
-    /// first to be behind: one time for each device that copied.
+    /// Takes the measured times of the copies for which the completion event `event`, which is reached, is
+    /// the first event behind them: one time for each device that copied.
     fn times(&mut self, _event: u64) -> SmallVec<[CopyTime; 1]> {
         SmallVec::new()
     }
 
     /// Waits, after a failure, until no copy queued so far can touch memory any more, and drops copies that
-    /// are held back. False when that cannot be known by `deadline`: sources and slabs are then leaked, never
-    /// reused.
+    /// are held back. Returns false when the queue cannot know that by `deadline`: the caller then leaks
+    /// sources and slabs, and never reuses them.
     fn quiesce(&mut self, deadline: Instant) -> bool;
 }

@@ -1,7 +1,8 @@
-//! The host as a device: the stager's thread copies, and digests while the bytes are in its cache.
+//! The host as a device: the stager's thread copies each block, and digests it while its bytes are in the
+//! CPU's cache.
 //!
 //! # Safety argument
-//! Each copy is between ranges for which the caller of [`CopyQueue::copy`] vouches, and ends before the call
+//! The caller of [`CopyQueue::copy`] vouches for both ranges of a copy, and the copy ends before the call
 //! returns.
 #![expect(unsafe_code, reason = "a copy from a raw source into a slab; argument above")]
 
@@ -12,7 +13,7 @@ use crate::memory::{Pages, Register};
 use std::any::Any;
 use std::time::Instant;
 
-/// Block size of copy and digest: a block stays in the second-level cache between the two.
+/// Block size of copy and digest. A block stays in the second-level cache between the two.
 const BLOCK: usize = 128 << 10;
 
 /// The host as a device.
@@ -42,7 +43,7 @@ impl CopyQueue for HostQueue {
         let mut digest = Digest::EMPTY;
         for at in (0..len).step_by(BLOCK) {
             let n = BLOCK.min(len - at);
-            // SAFETY: within the ranges that the caller vouched for; a source is never part of the arena.
+            // SAFETY: within the ranges for which the caller vouched; a source is never part of the arena.
             let copied = unsafe {
                 std::ptr::copy_nonoverlapping(from.add(at), to.add(at), n);
                 std::slice::from_raw_parts(to.add(at), n)

@@ -1,8 +1,8 @@
 //! Kernels of a device: they capture, digest and gather tensors, and make late copies.
 //!
-//! Work that these queue in the program's streams reads the tensors later. Each piece of work reports when it
-//! has run; the stager keeps its sources until then. `staging/late_copy.rs` has the states of a late copy;
-//! the device keeps none.
+//! Work that the kernels queue in the program's streams reads the tensors later. Each piece of work reports
+//! when it has run, and the stager keeps its sources until then. `staging/late_copy.rs` has the states of a
+//! late copy; the device keeps no such state.
 
 use super::{Dependency, Pieces};
 use crate::digest::Digest;
@@ -16,19 +16,19 @@ use std::sync::Arc;
 /// Requested amounts of device memory, in bytes.
 #[derive(Debug)]
 pub(crate) struct KernelMemory {
-    /// Ordinal of the device whose kernels are loaded; None for the device of the executor.
+    /// Ordinal of the device whose kernels are loaded. None means the executor's device.
     pub ordinal: Option<u32>,
     /// The size of a chunk.
     pub chunk: usize,
-    /// Size of the capture pool; with 0 nothing is gathered.
+    /// Size of the capture pool. With 0 nothing is gathered.
     pub gather: u64,
     /// Size of the scratch for late copies.
     pub scratch: u64,
-    /// The scratch, if the program hands in its own memory for it.
+    /// The program's own memory for the scratch, if the program hands it in.
     pub given: Option<ProgramMemory>,
 }
 
-/// Device memory that the program hands in. Dropped when nothing on the device can use it any more.
+/// Device memory that the program hands in. It is dropped when nothing on the device can use it any more.
 pub(crate) struct ProgramMemory {
     /// Ordinal of the device.
     pub ordinal: u32,
@@ -45,8 +45,8 @@ impl Debug for ProgramMemory {
 }
 
 /// Kernels of one device, with their own device memory. They gather small and strided tensors, so that these
-/// need not cross the bus one by one; digest tensors; and at a fence make late copies of what has not left
-/// the device, so that no thread waits.
+/// need not cross the bus one by one. They digest tensors. At a fence they make late copies of the data that
+/// has not left the device, so that no thread waits.
 pub(crate) trait Kernels: Send + Sync + Debug {
     /// Ordinal of the device.
     fn ordinal(&self) -> u32;
@@ -60,14 +60,14 @@ pub(crate) trait Kernels: Send + Sync + Debug {
     /// The reason there is no scratch.
     fn slots(&self) -> Result<&[u64]>;
 
-    /// Queues a copy of `pieces` in `stream`; each `to` is an address in the capture pool. Also on failure,
-    /// `queued` receives what was queued: it reads the tensors until it has run.
+    /// Queues a copy of `pieces` in `stream`; each `to` is an address in the capture pool. `queued` receives
+    /// the queued work, also on failure. This work reads the tensors until it has run.
     ///
     /// # Errors
     /// `Device`; `Invalid` for a stream that is being captured into a graph.
     fn capture(&self, stream: DeviceStream, pieces: &Pieces, queued: &mut Vec<Arc<dyn Queued>>) -> Result<()>;
 
-    /// Queues digests of `pieces` in `stream`, one per chunk. `queued` as in [`Kernels::capture`].
+    /// Queues digests of `pieces` in `stream`, one per chunk. `queued` is as in [`Kernels::capture`].
     ///
     /// # Errors
     /// As [`Kernels::capture`].
@@ -78,8 +78,8 @@ pub(crate) trait Kernels: Send + Sync + Debug {
         queued: &mut Vec<Arc<dyn Queued>>,
     ) -> Result<Arc<dyn Digests>>;
 
-    /// Prepares the late copy of the `number`-th save, counted from 1; `base` is the watermark before its
-    /// first chunk. None when the device tracks too many saves already.
+    /// Prepares the late copy of the `number`-th save, counted from 1. `base` is the watermark before its
+    /// first chunk. Returns None when the device tracks too many saves already.
     ///
     /// # Errors
     /// `Device`.
@@ -88,7 +88,7 @@ pub(crate) trait Kernels: Send + Sync + Debug {
 
 /// Work that was queued in a stream of the program.
 pub(crate) trait Queued: Send + Sync {
-    /// True when it has run, or never will because the device is lost.
+    /// True when the work has run, or never will because the device is lost.
     fn over(&self) -> bool;
 }
 
@@ -97,21 +97,22 @@ pub(crate) trait Digests: Send + Sync {
     /// Returns the digest of each chunk, in order.
     ///
     /// # Errors
-    /// `Device`, also when they did not arrive in time.
+    /// `Device`, also when the digests did not arrive in time.
     fn take(&self) -> Result<Vec<Digest>>;
 }
 
-/// A device's part of one save. Dropped only when no copy of the save is queued any more.
+/// A device's part of one save. It is dropped only when no copy of the save is queued any more.
 pub(crate) trait DeviceLateCopy: Send + Sync {
-    /// Queues, in the stream of copies, a gather of the pieces of `chunk` into their layout in its slab.
-    /// Returns the device address that corresponds to the first byte of the slab, valid until the next call.
+    /// Queues, in the stream of copies, a gather of the pieces of `chunk` into the layout that they have in
+    /// their slab. Returns the device address that corresponds to the first byte of the slab, valid until the
+    /// next call.
     ///
     /// # Errors
     /// `Device`.
     fn gather(&self, chunk: usize) -> Result<u64>;
 
-    /// Queues, in the stream of copies, a store of the watermark: the parts of `watermark` chunks, counted
-    /// over all saves, have left the device.
+    /// Queues, in the stream of copies, a store of the watermark: this device's parts of `watermark` chunks,
+    /// counted over all saves, have left the device.
     ///
     /// # Errors
     /// `Device`.
@@ -123,11 +124,11 @@ pub(crate) trait DeviceLateCopy: Send + Sync {
     /// `Invalid`; `Device`.
     fn refuse_captures(&self, streams: &[DeviceStream]) -> Result<()>;
 
-    /// Queues in `stream`, or in a stream of ours where the fence has none of this device, behind the part
-    /// of `dependency` on this device and, if `behind_copies`, behind all its copies queued so far: latch F
-    /// from the watermark, make late copies of this device's parts of the chunks from F on, report F.
-    /// `slots` are the slots of the last chunks, 0 for a chunk without a part here. Called once per save,
-    /// unless it fails.
+    /// Queues the kernels of a fence in `stream`, or in a stream of ours where the fence has no stream of
+    /// this device. They run behind the part of `dependency` on this device and, if `behind_copies`, behind
+    /// all copies of this device queued so far. They latch F from the watermark, make late copies of this
+    /// device's parts of the chunks from F on, and report F. `slots` are the slots of the last chunks, 0 for
+    /// a chunk without a part here. Called once per save, unless it fails.
     ///
     /// # Errors
     /// `Device`, `Invalid`: nothing was queued.
@@ -148,7 +149,7 @@ pub(crate) trait DeviceLateCopy: Send + Sync {
 
 /// What [`DeviceLateCopy::launch`] queued.
 pub(crate) struct Launch {
-    /// The queued kernels, possibly not all.
+    /// The queued kernels, possibly not all of them.
     pub kernels: Arc<dyn FenceKernels>,
     /// Ok if all kernels were queued.
     pub queued: Result<()>,
@@ -162,10 +163,10 @@ pub(crate) trait FenceKernels: Send + Sync {
     /// `Device`, or `Invalid`, as [`Device::order`].
     fn follow(&self, streams: &[DeviceStream]) -> Result<()>;
 
-    /// True when they have run, or never will because the device is lost.
+    /// True when the kernels have run, or never will because the device is lost.
     fn over(&self) -> bool;
 
-    /// F, once the device has reported it: its parts of the chunks before F had left it, those of the chunks
-    /// from F on are in their slots. A load from memory, no driver call.
+    /// F, once the device has reported it: the device's parts of the chunks before F had left it, and its
+    /// parts of the chunks from F on are in their slots. The call loads from memory and makes no driver call.
     fn latched(&self) -> Option<usize>;
 }

@@ -1,14 +1,14 @@
 //! The queue of copies of a restore from slabs to devices.
 //!
 //! # Safety argument
-//! This file has the contract of an asynchronous copy, without a body.
+//! This file states the contract of an asynchronous copy, without a body.
 
 use super::Dependency;
 use crate::error::Result;
 use std::time::Instant;
 
-/// Rows of `width` bytes that one copy moves. They begin at distances of `from_pitch` in host memory and of
-/// `to_pitch` on the device.
+/// Rows of `width` bytes that one copy moves. The starts of the rows are `from_pitch` apart in host memory
+/// and `to_pitch` apart on the device.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowLayout {
     pub width: usize,
@@ -18,12 +18,12 @@ pub(crate) struct RowLayout {
 }
 
 impl RowLayout {
-    /// The longest distance between rows that every GPU takes.
+    /// The longest distance between rows that every GPU supports.
     pub const PITCH_MAX: usize = i32::MAX as usize;
 }
 
-/// A queue of copies from host memory to devices, separate from those of saves. Copies to one device run in
-/// order.
+/// A queue of copies from host memory to devices, separate from the queues of saves. Copies to one device run
+/// in order.
 pub(crate) trait LoadQueue {
     /// Makes everything queued from now on wait for `dependency`, which [`Device::behind`] made.
     ///
@@ -33,11 +33,12 @@ pub(crate) trait LoadQueue {
 
     /// Queues a copy of `rows` to the address `to` of device `ordinal`.
     ///
-    /// # Safety Every row from `from` on stays readable and unchanged, and every row from `to` on writable on
-    /// that device, until a later mark is reached or the queue is quiescent.
+    /// # Safety
+    /// Every row from `from` on stays readable and unchanged, and every row from `to` on writable on that
+    /// device, until a later mark is reached or the queue is quiescent.
     ///
     /// # Errors
-    /// `Device`; the copy may be queued nevertheless.
+    /// `Device`; the copy may still be queued.
     #[expect(unsafe_code, reason = "the contract of an asynchronous copy; the restore, its one caller, keeps it")]
     unsafe fn load(&mut self, ordinal: u32, from: *const u8, to: u64, rows: RowLayout) -> Result<()>;
 
@@ -53,7 +54,7 @@ pub(crate) trait LoadQueue {
     /// `Device`: the copies failed, or their state is unknown now.
     fn has_reached(&mut self, event: &Dependency) -> Result<bool>;
 
-    /// Waits, after a failure, until no copy queued so far can touch memory any more. False when that cannot
-    /// be known by `deadline`.
+    /// Waits, after a failure, until no copy queued so far can touch memory any more. Returns false when the
+    /// queue cannot know that by `deadline`.
     fn quiesce(&mut self, deadline: Instant) -> bool;
 }

@@ -1,13 +1,13 @@
-//! Devices: they copy bytes from a tensor's memory location into a slab.
+//! Devices copy bytes from a tensor's memory location into a slab.
 //!
-//! **Consistency.** A queue is first in, first out: its marks, the completion events, are reached in order,
+//! **Consistency.** A queue is first in, first out. Its marks, the completion events, are reached in order,
 //! each only when every copy before it has ended.
 //! **Completion.** [`CopyQueue::reached`] is the watermark, a count that never falls.
-//! **Cancellation.** Copies cannot be cancelled: the caller that queues one keeps source and slab until its
-//! mark is reached.
-//! **Failure.** Errors are sticky; after one, a mark may never be reached.
+//! **Cancellation.** Copies cannot be cancelled. The caller that queues a copy keeps its source and slab
+//! until the copy's mark is reached.
+//! **Failure.** Errors are sticky. After an error, a mark may never be reached.
 //!
-//! The kernel interfaces, which use addresses as numbers, are private to this crate:
+//! The kernel interfaces are private to this crate, because they use addresses as numbers:
 //! ```compile_fail,E0432
 //! use ashore::internal::device::{Kernels, LentMemory, DeviceLateCopy};
 //! ```
@@ -47,7 +47,7 @@ use std::sync::Arc;
 
 /// A device that copies tensors, shared by all threads.
 pub trait Device: Register + Send + Sync + Debug {
-    /// Its name in messages: `host`, `cuda:0`.
+    /// The device's name in messages: `host`, `cuda:0`.
     fn name(&self) -> String;
 
     /// True once a concrete device is chosen.
@@ -56,27 +56,28 @@ pub trait Device: Register + Send + Sync + Debug {
         true
     }
 
-    /// Chooses the concrete device for tensors of these streams, and returns its description. `save` calls it
-    /// first, in its own thread, if [`Device::is_settled`] was false at start.
+    /// Chooses the concrete device for tensors of these streams, and returns its description. If
+    /// [`Device::is_settled`] was false at start, `save` calls this first, in its own thread.
     ///
     /// # Errors
-    /// `Unavailable` for a missing device; `Device`. The device stays unsettled then.
+    /// `Unavailable` for a missing device; `Device`. The device then stays unsettled.
     #[doc(hidden)]
     fn settle(&self, _streams: &[DeviceStream]) -> Result<String> {
         Ok(self.name())
     }
 
-    /// Makes a copy queue, in the thread that will use it.
+    /// Creates a copy queue, in the thread that will use it.
     ///
     /// # Errors
-    /// `Device` when none is available.
+    /// `Device` when no queue is available.
     fn queue(&self) -> Result<Box<dyn CopyQueue>>;
 
-    /// Makes a dependency on everything that is in `streams` now, for [`CopyQueue::wait`]. `save` calls it in
+    /// Makes a dependency on all work that is in `streams` now, for [`CopyQueue::wait`]. `save` calls it in
     /// its own thread.
     ///
     /// # Errors
-    /// `Invalid` for streams of an unknown device, and for one that is being captured into a graph; `Device`.
+    /// `Invalid` for streams of an unknown device, and for a stream that is being captured into a graph;
+    /// `Device`.
     fn behind(&self, streams: &[DeviceStream]) -> Result<Dependency> {
         Err(self.unknown(streams))
     }
@@ -94,27 +95,27 @@ pub trait Device: Register + Send + Sync + Debug {
     /// Loads the kernels, with the given amounts of device memory. Called once, at start.
     ///
     /// # Errors
-    /// Why there are none.
+    /// The reason there are no kernels.
     #[doc(hidden)]
     #[expect(private_interfaces, reason = "for the devices of this crate")]
     fn kernels(&self, _memory: KernelMemory) -> Result<Arc<dyn Kernels>> {
         Err(Error::new(ErrorKind::Unavailable, "this device has no kernels"))
     }
 
-    /// Makes stream waits that the host can end. Called at most once, at start.
+    /// Creates stream waits that the host can end. Called at most once, at start.
     ///
     /// # Errors
-    /// Why there are none.
+    /// The reason there are no such waits.
     #[doc(hidden)]
     #[expect(private_interfaces, reason = "for the devices of this crate")]
     fn waits(&self) -> Result<Arc<dyn Waits>> {
         Err(Error::new(ErrorKind::Unavailable, "this device has no memory-waits"))
     }
 
-    /// Makes a queue of copies to devices, in the thread that will use it.
+    /// Creates a queue of copies to devices, in the thread that will use it.
     ///
     /// # Errors
-    /// `Unavailable` when the device supports none; `Device`.
+    /// `Unavailable` when the device supports no such queue; `Device`.
     #[doc(hidden)]
     #[expect(private_interfaces, reason = "for the devices of this crate")]
     fn loads(&self) -> Result<Box<dyn LoadQueue>> {
@@ -128,7 +129,7 @@ pub trait Device: Register + Send + Sync + Debug {
     /// start, if batching is requested.
     ///
     /// # Errors
-    /// Why they cannot.
+    /// The reason they cannot.
     fn batches(&self) -> Result<()> {
         Err(Error::new(ErrorKind::Unavailable, format!("this device cannot batch copies device={}", self.name())))
     }

@@ -1,4 +1,4 @@
-//! Lists of parts of tensors, the input of the kernels.
+//! Lists of parts of tensors: the input of the kernels.
 
 use crate::state::Dims;
 
@@ -19,7 +19,7 @@ impl View {
 /// A part of a tensor and its destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Piece {
-    /// Source address on the device; with a view, the address of the tensor.
+    /// Source address on the device. With a view, it is the address of the tensor.
     pub from: u64,
     /// With a view, the offset of the part in the packed tensor, in bytes.
     pub skip: u64,

@@ -1,4 +1,4 @@
-//! The report of which device an executor copies with, why, and what it can do.
+//! The report of which device an executor uses for copies, why, and what that device can do.
 
 use super::{Device, Kernels};
 use crate::error::Result;
@@ -9,20 +9,20 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct DeviceReport {
-    /// Its name: `host`, `cuda:0`; `auto` until the GPU is known.
+    /// The device's name: `host`, `cuda:0`; `auto` until the GPU is known.
     pub name: String,
-    /// Why it was chosen, or its description.
+    /// Why the device was chosen, or its description.
     pub why: String,
-    /// Size of the capture pool, in bytes; the error is the reason there is none: small tensors then cross
-    /// the bus one by one and are read at the fence, and strided ones are refused.
+    /// Size of the capture pool, in bytes. The error is the reason there is no pool. Without one, small
+    /// tensors cross the bus one by one and are read at the fence, and strided tensors are refused.
     pub gather: Result<u64, String>,
-    /// Number of chunks that a fence can copy late on this device; the error is the reason it waits for
-    /// copies to the host instead.
+    /// Number of chunks that a fence can copy late on this device. The error is the reason the fence waits
+    /// for copies to the host instead.
     pub scratch: Result<usize, String>,
-    /// Maximum number of pending fences whose stream waits end if their saves fail; the error is the reason
+    /// Maximum number of pending fences whose stream waits end if their saves fail. The error is the reason
     /// streams wait for events instead, even if the saves fail.
     pub memory_waits: Result<usize, String>,
-    /// Ok if the copies of a chunk are batched in one call; the error is the reason they are not.
+    /// Ok if one call queues the copies of a chunk. The error is the reason it does not.
     pub batch: Result<(), String>,
     /// The embedded kernels: [`KERNELS`](crate::KERNELS).
     pub kernels: &'static str,
@@ -42,7 +42,7 @@ impl DeviceReport {
         }
     }
 
-    /// Records the capabilities of `kernels`, or the reason there are none.
+    /// Records the capabilities of `kernels`, or the reason there are no kernels.
     pub(crate) fn found(&mut self, kernels: &Result<Arc<dyn Kernels>>) {
         match kernels {
             Ok(kernels) => {

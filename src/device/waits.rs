@@ -12,10 +12,11 @@ pub(crate) trait Waits: Send + Sync + Debug {
     fn at_once(&self) -> usize;
 
     /// As [`Device::order`], but the waits also end when the last clone of the returned guard is dropped: by
-    /// a store to memory, without a driver call. None when too many fences are pending: nothing was queued.
+    /// a store to memory, without a driver call. Returns None when too many fences are pending; nothing was
+    /// queued then.
     ///
     /// # Errors
-    /// As [`Device::order`]; nothing waits then.
+    /// As [`Device::order`]; nothing waits after an error.
     fn order(&self, streams: &[DeviceStream]) -> Result<Option<WaitGuard>>;
 }
 

@@ -1,17 +1,17 @@
-//! Which bits were flipped, found from two digests of the same bytes: the one that was written and the one
-//! that was read.
+//! Finds flipped bits from two digests of the same bytes: the digest at the time of writing and the digest at
+//! the time of reading.
 //!
-//! **Mathematics.** The digest is affine, so the exclusive-or of both digests, the *syndrome*, is the
+//! **Mathematics.** The digest is affine. So the exclusive-or of both digests, the *syndrome*, is the
 //! remainder of `e(x) * x^64`, where `e` has a one for each flipped bit. A run of flips that ends `t` bits
 //! before the end of the bytes is `x^t * p(x)`, with a `p` of few terms. The search divides the syndrome by
-//! `x^64`, and then by `x^8` for each byte from the end. It stops where what remains has terms of low degree
-//! only, which are the flips themselves. Nothing is read again.
+//! `x^64`, and then by `x^8` for each byte from the end. It stops when the quotient has only terms of low
+//! degree; these terms are the flips. The search reads no bytes again.
 //!
-//! **Uniqueness.** The polynomial is primitive: the order of `x` is `2^64 - 1`, and that is proved by a test.
-//! So one flipped bit has one place in any length below 2^64 bits. Other damage looks like one flipped bit of
-//! 8 MiB once in 2^38 cases, like flips within one byte once in 2^34, and like flips within
-//! [`WIDTH`] bits once in 2^23. A narrower explanation wins over a wider one, and two equally
-//! narrow ones are none.
+//! **Uniqueness.** The polynomial is primitive: the order of `x` is `2^64 - 1`, which a test proves. So one
+//! flipped bit has one place in any length below 2^64 bits. Other damage of 8 MiB looks like one flipped bit
+//! once in 2^38 cases, like flips within one byte once in 2^34 cases, and like flips within [`WIDTH`] bits
+//! once in 2^23 cases. The search prefers a narrower explanation to a wider one. Two equally narrow
+//! explanations count as none.
 
 #[cfg(test)]
 use super::multiply;
@@ -19,24 +19,24 @@ use super::{Digest, POLYNOMIAL};
 use serde::Serialize;
 use std::sync::OnceLock;
 
-/// The most neighbouring bits in which flips are found.
+/// The maximum number of neighbouring bits within which flips are found.
 const WIDTH: u32 = 16;
 
 /// The bits of a byte-aligned window in which [`WIDTH`] bits at any offset fit.
 const WINDOW: u32 = WIDTH + 8;
 
-/// Longer runs of bytes are not searched, which bounds the time to a fraction of a second.
+/// Maximum number of bytes in a run that is searched. It bounds the time to a fraction of a second.
 pub(crate) const LONGEST: u64 = 128 << 20;
 
-/// Flipped bits within 16 neighbouring bits: the only such flips that explain two digests.
+/// Flipped bits within 16 neighbouring bits, the only such flips that explain two digests.
 ///
-/// Bits are counted from the lowest of a byte, and bytes from the start of the bytes that were digested.
+/// Bits are counted from the lowest bit of a byte, bytes from the start of the digested bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Flip {
     /// The offset of the first changed byte.
     pub offset: u64,
-    /// Which bits of the bytes from `offset` on are flipped; those of the first byte are the lowest 8.
+    /// Which bits of the bytes from `offset` on are flipped; the lowest 8 bits are for the first byte.
     pub mask: u32,
 }
 
@@ -46,7 +46,7 @@ impl Flip {
         (u32::BITS - self.mask.leading_zeros()).div_ceil(8) as usize
     }
 
-    /// The number of the flipped bit in its byte, if there is only one.
+    /// The number of the flipped bit in its byte, if only one bit is flipped.
     pub fn single_bit(self) -> Option<u32> {
         (self.mask.is_power_of_two()).then(|| self.mask.trailing_zeros())
     }
@@ -56,7 +56,7 @@ impl Flip {
         self.mask <= 0xff
     }
 
-    /// The flipped bits of the byte at `offset` of the digested bytes: 0 when it is not changed.
+    /// The flipped bits of the byte at `offset` of the digested bytes: 0 when the byte is not changed.
     pub fn mask_at(self, offset: u64) -> u8 {
         match offset.checked_sub(self.offset) {
             Some(at @ 0..4) => (self.mask >> (8 * at)) as u8,
@@ -65,8 +65,9 @@ impl Flip {
     }
 }
 
-/// Finds the flips within one bit, else one byte, else 16 neighbouring bits that turn `len` bytes of the
-/// digest `written` into bytes of the digest `found`. None when there are none, or several.
+/// Finds the flips that turn `len` bytes of the digest `written` into bytes of the digest `found`: within one
+/// bit, else within one byte, else within 16 neighbouring bits. Returns None when there are no such flips, or
+/// several.
 pub fn explain(written: Digest, found: Digest, len: u64) -> Option<Flip> {
     let syndrome = written.0 ^ found.0;
     if syndrome == 0 || len > LONGEST {
@@ -75,8 +76,8 @@ pub fn explain(written: Digest, found: Digest, len: u64) -> Option<Flip> {
     let mut narrowest = Narrowest::default();
     let mut rest = divided_by_x64(syndrome);
     for after in 0..len {
-        // `rest` times x^(8 * after) is the syndrome: terms below x^24 are flips in the three bytes that
-        // have `after` to `after + 2` bytes behind them.
+        // `rest` times x^(8 * after) is the syndrome. Terms below x^24 are flips in the three bytes that have
+        // `after` to `after + 2` bytes behind them.
         if rest << WINDOW == 0 {
             narrowest.take(len, after, rest);
         }
@@ -92,16 +93,16 @@ struct Narrowest {
 }
 
 impl Narrowest {
-    /// Takes the flips whose terms are the highest bits of `rest`, in bytes that have `after` or more behind
-    /// them.
+    /// Takes the flips whose terms are the highest bits of `rest`. They are in bytes that have `after` or
+    /// more bytes behind them.
     fn take(&mut self, len: u64, after: u64, rest: u64) {
-        // x^0 is the highest bit of the register, and the highest bit of the last byte.
+        // x^0 is both the highest bit of the register and the highest bit of the last byte.
         let bytes = (rest >> (u64::BITS - WINDOW)) as u32;
         if u32::BITS - bytes.leading_zeros() - bytes.trailing_zeros() > WIDTH {
             return;
         }
         let first = bytes.trailing_zeros() / 8;
-        // A window may begin before the first byte, the flips may not.
+        // A window may begin before the first byte; the flips may not.
         if let Some(offset) = (len - after + u64::from(first)).checked_sub(u64::from(WINDOW / 8)) {
             self.judge(Flip { offset, mask: bytes >> (8 * first) });
         }
@@ -119,7 +120,7 @@ impl Narrowest {
 
 /// `register / x` modulo the polynomial.
 fn divided_by_x(register: u64) -> u64 {
-    // The constant term of the polynomial is 1 and is the highest bit, so multiplying by x sets that bit
+    // The constant term of the polynomial is 1 and is the highest bit. So multiplying by x sets that bit
     // exactly when it subtracts the polynomial.
     if register >> 63 == 1 { (register ^ POLYNOMIAL) << 1 | 1 } else { register << 1 }
 }
@@ -154,7 +155,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Numbers that look random, from a seed.
+    /// Pseudo-random numbers from a seed.
     fn numbers(mut seed: u64) -> impl FnMut(u64) -> u64 {
         move |below| {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

@@ -1,4 +1,4 @@
-//! Checks that the shards and the index of a step agree with what its manifest and tables say.
+//! Checks that the shards and the index of a step agree with its manifest and tables.
 
 use super::columns::FileRow;
 use super::entries::{SliceEntry, TensorEntry};
@@ -6,7 +6,8 @@ use super::header::Header;
 use crate::error::{Error, Result};
 use std::collections::HashMap;
 
-/// The files of a step, and its tensors sorted by name, without those whose bytes another one holds.
+/// The files of a step, and its tensors sorted by name, without the aliases: tensors whose bytes another
+/// tensor holds.
 #[derive(Clone, Debug)]
 pub struct Listing<'a> {
     /// The files.
@@ -22,7 +23,8 @@ impl<'a> Listing<'a> {
     }
 }
 
-/// Checks that the header of file number `file` belongs to the step and agrees with it on every tensor.
+/// Checks that the header of file number `file` belongs to the step and agrees with the listing on every
+/// tensor.
 ///
 /// # Errors
 /// `Corrupt`, naming file and tensor.
@@ -56,8 +58,8 @@ pub fn check_header(listing: &Listing<'_>, file: usize, header: &Header) -> Resu
     Ok(())
 }
 
-/// Checks a step's index against its manifest: it maps each tensor to the file that holds it, and names no
-/// other tensor.
+/// Checks a step's index against its manifest: the index maps each tensor to the file that holds it, and
+/// names no other tensor.
 ///
 /// # Errors
 /// `Corrupt`, naming the tensor.

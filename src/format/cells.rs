@@ -1,9 +1,9 @@
-//! Items that are made when they are first asked for, and then stay where they are.
+//! Items that are created when they are first requested, and then stay at their addresses.
 
 use crate::error::Result;
 use std::sync::OnceLock;
 
-/// Items of a group: memory for a group is taken when one of its items is made.
+/// The number of items in a group. Memory for a group is allocated when one of its items is created.
 const GROUP: usize = 64;
 
 /// Room for a known number of items.
@@ -24,19 +24,20 @@ impl<T> Cells<T> {
         self.len
     }
 
-    /// Returns an item that was made before.
+    /// Returns an item that was created before.
     pub fn made(&self, index: usize) -> Option<&T> {
         self.groups.get(index / GROUP)?.get()?.get(index % GROUP)?.get().map(AsRef::as_ref)
     }
 
-    /// Keeps `item`, unless there is one already, and returns what is there; None beyond the last item.
+    /// Keeps `item`, unless the cell already has one, and returns the item in the cell. Returns None beyond
+    /// the last item.
     pub fn keep(&self, index: usize, item: T) -> Option<&T> {
         let group = self.groups.get(index / GROUP).filter(|_| index < self.len)?;
         let group = group.get_or_init(|| std::iter::repeat_with(OnceLock::new).take(GROUP).collect());
         Some(group.get(index % GROUP)?.get_or_init(|| Box::new(item)))
     }
 
-    /// Returns an item, which `make` makes the first time; None beyond the last item.
+    /// Returns an item, which `make` creates the first time. Returns None beyond the last item.
     pub fn get(&self, index: usize, make: impl FnOnce() -> Result<T>) -> Result<Option<&T>> {
         match self.made(index) {
             None if index < self.len => Ok(self.keep(index, make()?)),

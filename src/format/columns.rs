@@ -1,8 +1,9 @@
-//! The columns of tables: what each holds, and how they are made from entries.
+//! The columns of tables: what each column holds, and how columns are made from entries.
 //!
-//! Three groups: the structure (tensors and the boxes that hold their bytes), the files, and the rows (where
-//! each box is in its file, and its digests). One table has all of them in a step of one rank. In a step of
-//! several ranks each group may have its own: `tensors.table`, `files.table`, and the rows beside each shard.
+//! There are three groups: the structure (tensors and the boxes that hold their bytes), the files, and the
+//! rows (the place of each box in its file, and its digests). In a step of one rank, one table has all
+//! groups. In a step of several ranks each group may have its own table: `tensors.table`, `files.table`, and
+//! the rows beside each shard.
 
 use super::entries::{FileEntry, SliceEntry, TensorEntry};
 use super::table::Spec;
@@ -18,23 +19,25 @@ pub const TENSORS_TABLE: &str = "tensors.table";
 /// The table of the files of a step that several ranks wrote.
 pub const FILES_TABLE: &str = "files.table";
 
-/// Offset in the file, length, digest, first of its digests in `blocks`; one more row ends the last.
+/// Offset in the file, length, digest, and the index in `blocks` of the first block digest. One more row ends
+/// the last.
 pub(super) const ROWS: Spec = Spec::new("rows", Dtype::U64, 4);
 /// The digests of blocks, row after row.
 pub(super) const BLOCKS: Spec = Spec::new("blocks", Dtype::U64, 1);
 /// First byte in `file_names`, length, data, digest of the header, digest of the file, length and digest of
-/// the table of its rows, step and two halves of the attempt that wrote it; one more row ends the last.
+/// the table of its rows, and the step and the two halves of the attempt that wrote it. One more row ends the
+/// last.
 pub(super) const FILES: Spec = Spec::new("files", Dtype::U64, 10);
 /// Dimensions, tensor after tensor.
 pub(super) const DIMS: Spec = Spec::new("dims", Dtype::U64, 1);
-/// Where boxes begin and how far they extend: per box all `at`, then all extents.
+/// Where boxes begin and their extents: per box all `at`, then all extents.
 pub(super) const SPANS: Spec = Spec::new("spans", Dtype::U64, 1);
 /// First of its bytes in `names`, first of its numbers in `dims` and `spans`, first of its boxes, dtype,
-/// placement, holder; one more row ends the last.
+/// placement, holder. One more row ends the last.
 pub(super) const TENSORS: Spec = Spec::new("tensors", Dtype::U32, 7);
 /// The number of the file that holds a box.
 pub(super) const BOX_FILES: Spec = Spec::new("box_files", Dtype::U32, 1);
-/// The number of the tensor of a row, where rows stand beside their file.
+/// The number of the tensor of a row, in a table of rows beside a shard.
 pub(super) const ROW_TENSORS: Spec = Spec::new("row_tensors", Dtype::U32, 1);
 /// Names of tensors, side by side.
 pub(super) const NAMES: Spec = Spec::new("names", Dtype::U8, 1);
@@ -43,21 +46,21 @@ pub(super) const FILE_NAMES: Spec = Spec::new("file_names", Dtype::U8, 1);
 /// Values of one rank, as a JSON object.
 pub(super) const VALUES: Spec = Spec::new("values", Dtype::U8, 1);
 
-/// All columns of a step of one rank. Those with digests come first.
+/// All columns of a step of one rank. The columns with digests come first.
 pub(super) const SINGLE: [Spec; 9] = [ROWS, BLOCKS, FILES, DIMS, SPANS, TENSORS, BOX_FILES, NAMES, FILE_NAMES];
-/// The columns of `tensors.table` of several ranks.
+/// The columns of the `tensors.table` of several ranks.
 pub(super) const STRUCTURE: [Spec; 5] = [DIMS, SPANS, TENSORS, BOX_FILES, NAMES];
 /// The columns of `files.table`.
 pub(super) const STEP_FILES: [Spec; 2] = [FILES, FILE_NAMES];
 /// The columns of the table beside a shard.
 pub(super) const BESIDE: [Spec; 4] = [ROWS, BLOCKS, ROW_TENSORS, VALUES];
 
-/// The placement of a tensor in one box that is all of it.
+/// The placement of a tensor that is stored as one box, which covers the whole tensor.
 pub(super) const WHOLE: u64 = 0;
-/// The placement of a tensor in boxes that `spans` lists. Placement 2 is reserved for meshes.
+/// The placement of a tensor that is stored as the boxes in `spans`. Placement 2 is reserved for meshes.
 pub(super) const BOXES: u64 = 1;
 
-/// The dtypes by their number in a table. A number never gets another meaning.
+/// The dtypes by their number in a table. The meaning of a number never changes.
 const DTYPES: [Dtype; 22] = [
     Dtype::BOOL,
     Dtype::F4,
@@ -88,15 +91,15 @@ pub(super) fn dtype(number: u64) -> Option<Dtype> {
     DTYPES.get(usize::try_from(number).ok()?).copied()
 }
 
-/// A file of a step, with what only tables say of it.
+/// A file of a step, with the facts that only tables have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileRow {
     /// Name, length and digests.
     pub entry: FileEntry,
-    /// The step and attempt that wrote it, which its stamp must name.
+    /// The step and attempt that wrote the file. Its stamp must name them.
     pub origin: (u64, Attempt),
-    /// Length and digest of the table of its rows, which has the file's name with another extension; None
-    /// where the rows are in `tensors.table`, or the file is no shard.
+    /// Length and digest of the table of its rows, which has the file's name with another extension. None if
+    /// the rows are in `tensors.table`, or if the file is no shard.
     pub rows: Option<(u64, Digest)>,
 }
 
@@ -117,7 +120,8 @@ fn wide(number: usize) -> [u8; 8] {
     (number as u64).to_le_bytes()
 }
 
-/// Checks the order of tensors, and that each alias has no slices, and the dtype and shape of its holder.
+/// Checks the order of tensors. Also checks that each alias has no slices, and has the dtype and shape of its
+/// holder.
 ///
 /// # Errors
 /// `Internal`, naming the tensor.
@@ -138,8 +142,8 @@ pub(super) fn check_aliases(tensors: &[TensorEntry], aliases: &BTreeMap<usize, u
     Ok(())
 }
 
-/// Makes the columns [`STRUCTURE`]. Tensors are sorted by name; those in `aliases` have no slices, and the
-/// number there is that of the tensor that holds their bytes.
+/// Makes the columns [`STRUCTURE`]. Tensors are sorted by name. `aliases` maps the number of each tensor
+/// without slices to the number of the tensor that holds its bytes.
 pub(super) fn structure(tensors: &[TensorEntry], aliases: &BTreeMap<usize, usize>) -> Result<[Vec<u8>; 5]> {
     let [mut dims, mut spans, mut rows, mut files, mut names] = <[Vec<u8>; 5]>::default();
     let row = |counts: [usize; 4], kind: [usize; 3], rows: &mut Vec<u8>| {

@@ -1,5 +1,5 @@
-//! The entries of a step: files, tensors, slices, and the digests of each. Version 1 has them in its
-//! manifest, version 2 in tables, where a slice is called a box.
+//! The entries of a step: files, tensors, slices, and the digests of each. Version 1 stores them in its
+//! manifest. Version 2 stores them in tables, and calls a slice a box.
 
 use crate::digest::Digest;
 use serde::{Deserialize, Serialize};
@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 /// The name of the manifest in a step directory.
 pub const MANIFEST: &str = "manifest.json";
 
-/// Tensors longer than this have a digest for each block of this many bytes, so that a reader can check a
-/// part without the rest.
+/// A tensor longer than this has one digest for each block of this many bytes. A reader can then check a part
+/// without reading the rest.
 pub const BLOCK: u64 = 8 << 20;
 
 /// The number of block digests of a slice of `length` bytes.
@@ -21,9 +21,9 @@ pub fn block_count(length: u64) -> usize {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileEntry {
-    /// Its name: one path component.
+    /// The file's name: one path component.
     pub name: String,
-    /// Its length in bytes.
+    /// The file's length in bytes.
     pub length: u64,
     /// The offset of tensor data, which is the length of the safetensors header with its prefix; 0 if the
     /// file is not a shard.
@@ -38,13 +38,13 @@ pub struct FileEntry {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TensorEntry {
-    /// Its name: data, never a path.
+    /// The tensor's name: data, never a path.
     pub name: String,
-    /// Its dtype, as safetensors spells it.
+    /// The tensor's dtype, as safetensors spells it.
     pub dtype: crate::state::Dtype,
-    /// Its shape.
+    /// The tensor's shape.
     pub shape: Vec<usize>,
-    /// The slices that hold its bytes. Today one slice that covers the tensor.
+    /// The slices that hold the tensor's bytes. Today this is one slice that covers the tensor.
     pub slices: Vec<SliceEntry>,
 }
 
@@ -64,6 +64,6 @@ pub struct SliceEntry {
     pub shape: Vec<usize>,
     /// The digest of the bytes.
     pub digest: Digest,
-    /// The digest of each [`BLOCK`] of the bytes; empty when there is only one.
+    /// The digest of each [`BLOCK`] of the bytes. Empty when there is only one block.
     pub blocks: Vec<Digest>,
 }

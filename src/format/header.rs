@@ -1,4 +1,5 @@
-//! Parses the header of a shard, for `verify` and for readers that do not trust the file's writer.
+//! Parses the header of a shard, for `verify` and for readers that do not trust the program that wrote the
+//! file.
 
 use super::shard::{PREFIX, header_len, identity};
 use crate::error::{Error, Result};
@@ -17,7 +18,7 @@ use std::ops::Range;
 pub struct Header {
     /// The step that the shard belongs to.
     pub step: u64,
-    /// The attempt that it belongs to.
+    /// The attempt that the shard belongs to.
     pub attempt: Attempt,
     /// The tensors in order of their bytes.
     pub tensors: Vec<HeaderTensor>,
@@ -26,15 +27,15 @@ pub struct Header {
 /// A tensor in a header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeaderTensor {
-    /// Its name.
+    /// The tensor's name.
     pub name: String,
-    /// Its dtype.
+    /// The tensor's dtype.
     pub dtype: Dtype,
-    /// Its shape.
+    /// The tensor's shape.
     pub shape: Vec<usize>,
-    /// The range of its bytes, counted from the end of the header.
+    /// The range of the tensor's bytes, counted from the end of the header.
     pub offsets: Range<u64>,
-    /// In a shard of a sharded step, the index in the tensor at which this box of it begins.
+    /// In a shard of a sharded step, the index in the tensor at which this box begins.
     pub at: Option<Vec<usize>>,
 }
 
@@ -84,7 +85,8 @@ impl HeaderTensor {
     }
 }
 
-/// Gives each tensor the index at which its box begins. There must be one for each, and no other.
+/// Gives each tensor the index at which its box begins. The offsets must have one index for each tensor, and
+/// no others.
 fn place(tensors: &mut [HeaderTensor], mut offsets: BTreeMap<String, Saved>) -> Result<()> {
     let refuse = |why: &str, name: &str| Err(Error::corrupt(format!("{why} tensor={name:?}")));
     for tensor in tensors {
@@ -134,7 +136,7 @@ struct Entry {
 }
 
 impl Entry {
-    /// The entry for the safetensors crate, which checks it.
+    /// Converts the entry for the safetensors crate, which checks it.
     fn stock(self) -> TensorInfo {
         TensorInfo { dtype: self.dtype.stock(), shape: self.shape, data_offsets: self.data_offsets }
     }
@@ -167,7 +169,7 @@ impl<'de> Visitor<'de> for EntriesVisitor {
     }
 }
 
-/// A map in which no key occurs twice; the safetensors crate and serde take the last one.
+/// A map in which no key occurs twice. The safetensors crate and serde would take the last duplicate.
 struct Unique<T>(BTreeMap<String, T>);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Unique<T> {
@@ -208,7 +210,7 @@ mod tests {
     use super::*;
     use crate::ErrorKind;
 
-    /// A header whose JSON text is `text` after the stamp.
+    /// A header in which the JSON text `text` follows the stamp.
     fn forged(text: &str) -> Vec<u8> {
         forged_after("\"}", text)
     }

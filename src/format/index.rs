@@ -1,8 +1,8 @@
-//! The index of a step: what its manifest and tables say, whatever their version.
+//! The index of a step: the contents of its manifest and tables, whatever their version.
 //!
-//! A manifest of version 1 says everything, so its index is complete. The tables of version 2 are read when
-//! something is looked up: opening reads their headers and the digests of their pages, a lookup reads and
-//! checks the pages that it passes. What was looked up stays in memory.
+//! A manifest of version 1 has everything, so its index is complete. The tables of version 2 are read when
+//! something is looked up. Opening reads their headers and the digests of their pages; a lookup reads and
+//! checks the pages that it passes. Entries that were looked up stay in memory.
 
 use super::cells::Cells;
 use super::columns::{BESIDE, FileRow, SINGLE, STEP_FILES, STRUCTURE, TENSORS_TABLE};
@@ -23,10 +23,10 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// The tensors that a walk reads at once.
+/// The number of tensors that a walk reads at once.
 const WALK: u64 = 1024;
 
-/// A search passes so many names that a walk over as many tensors costs no more.
+/// The number of names that a search passes. A walk over as many tensors costs no more.
 const DENSE: usize = 32;
 
 /// Maximum number of tables beside shards that are kept open.
@@ -44,13 +44,13 @@ pub trait Medium: Send + Sync + Debug {
     fn table(&self, name: &str) -> Result<Arc<dyn Source>>;
 }
 
-/// What is known of a step.
+/// The facts that are known of a step.
 #[derive(Debug)]
 pub struct Index {
     manifest: Manifest,
     tensors: Cells<TensorEntry>,
     files: Cells<FileRow>,
-    /// None: everything is in the cells.
+    /// None if everything is in the cells.
     tables: Option<Tables>,
 }
 
@@ -62,7 +62,7 @@ struct Tables {
     medium: Box<dyn Medium>,
     structure: Table,
     columns: Structure,
-    /// Another table than `structure` where several ranks wrote the step.
+    /// A table of the files, separate from `structure`, if several ranks wrote the step.
     files: Option<Table>,
     /// `files` and `file_names`.
     file_columns: [Column; 2],
@@ -71,9 +71,9 @@ struct Tables {
 
 #[derive(Debug)]
 enum Rows {
-    /// In the table of the structure: `rows` and `blocks`.
+    /// The rows are in the table of the structure: `rows` and `blocks`.
     Here([Column; 2]),
-    /// Beside each shard, by the number of its file.
+    /// The rows are in tables beside the shards, here by the number of the shard's file.
     Beside(Mutex<HashMap<usize, Arc<Beside>>>),
 }
 
@@ -88,11 +88,11 @@ impl Medium for Arc<InMemory> {
 }
 
 impl Index {
-    /// The index of the bytes of a `tensors.table` that has all columns, and whose digest the caller has
-    /// checked.
+    /// Creates the index from the bytes of a `tensors.table` that has all columns. The caller has checked the
+    /// table's digest.
     ///
     /// # Errors
-    /// `Corrupt` when it contradicts itself.
+    /// `Corrupt` when the table contradicts itself.
     pub fn of_table(bytes: Vec<u8>) -> Result<Self> {
         let (bytes, digest) = resealed(bytes);
         let entry = TableEntry { name: TENSORS_TABLE.into(), length: bytes.len() as u64, digest };
@@ -100,10 +100,10 @@ impl Index {
         Self::new(Sealed::Two(manifest), Box::new(Arc::new(InMemory::new(TENSORS_TABLE, bytes))))
     }
 
-    /// The index of a manifest, whose tables are opened in `medium`.
+    /// Creates the index of a manifest. `medium` opens the tables.
     ///
     /// # Errors
-    /// `Corrupt` when a table is not what the manifest says, or contradicts itself; `NotFound` when it is
+    /// `Corrupt` when a table does not match the manifest, or contradicts itself; `NotFound` when a table is
     /// missing.
     pub fn new(manifest: Sealed, medium: Box<dyn Medium>) -> Result<Self> {
         match manifest {
@@ -124,7 +124,7 @@ impl Index {
         }
     }
 
-    /// The manifest; without tables in version 1.
+    /// The manifest. In version 1 it has no tables.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
@@ -134,7 +134,7 @@ impl Index {
         self.tensors.len()
     }
 
-    /// The number of files, without the manifest and tables.
+    /// The number of files, without the manifest and the tables.
     pub fn files(&self) -> usize {
         self.files.len()
     }
@@ -142,7 +142,7 @@ impl Index {
     /// A file by its number.
     ///
     /// # Errors
-    /// `Corrupt` when there is none, or the table of the files is damaged or contradicts itself.
+    /// `Corrupt` when no file has this number, or the table of the files is damaged or contradicts itself.
     pub fn file(&self, number: usize) -> Result<&FileRow> {
         let made = self.files.get(number, || match &self.tables {
             Some(tables) => tables.file(number as u64),
@@ -151,7 +151,7 @@ impl Index {
         made.ok_or_else(|| Error::corrupt(format!("there is no such file number={number}")))
     }
 
-    /// Every file; checks them together.
+    /// Returns every file, and checks the files together.
     ///
     /// # Errors
     /// As [`Index::file`].
@@ -161,10 +161,10 @@ impl Index {
         Ok(files)
     }
 
-    /// A tensor by its number, in the order of names.
+    /// A tensor by its number. Tensors are numbered in the order of their names.
     ///
     /// # Errors
-    /// `Corrupt` when there is none, or tables are damaged or contradict themselves about it.
+    /// `Corrupt` when no tensor has this number, or tables are damaged or contradict themselves about it.
     pub fn tensor(&self, number: usize) -> Result<&TensorEntry> {
         let made = self.tensors.get(number, || match &self.tables {
             Some(tables) => self.made(tables, &tables.part(self, number as u64..number as u64 + 1)?, 0),
@@ -203,7 +203,7 @@ impl Index {
         self.tensor(number).map(Some)
     }
 
-    /// The tensors of these names, in this order. Many names cost one walk over the tensors, so that a
+    /// The tensors of these names, in this order. For many names this walks once over the tensors, so that a
     /// restore of 40,000 tensors does not search 40,000 times.
     ///
     /// # Errors
@@ -239,10 +239,10 @@ impl Index {
         Ok(begin..end)
     }
 
-    /// The values of one rank: those in the table beside the file of this number.
+    /// The values of one rank, from the table beside the file of this number.
     ///
     /// # Errors
-    /// `Corrupt` when the table is damaged or is no JSON.
+    /// `Corrupt` when the table is damaged or its values are not JSON.
     pub fn values_beside(&self, file: usize) -> Result<BTreeMap<String, serde_json::Value>> {
         let Some(Tables { rows: Rows::Beside(open), medium, .. }) = &self.tables else { return Ok(BTreeMap::new()) };
         let beside = Tables::beside(open, medium.as_ref(), file, self.file(file)?)?;
@@ -277,7 +277,7 @@ impl Index {
         })
     }
 
-    /// The pages of tables that are not what was written, each with its table's name. Empty for version 1.
+    /// The damaged pages of tables, each with its table's name. Empty for version 1.
     ///
     /// # Errors
     /// When a table cannot be read.
@@ -327,7 +327,7 @@ impl Index {
         Ok(())
     }
 
-    /// A tensor of a part, checked against the files that it names.
+    /// A tensor of a part, checked against the files that the tensor names.
     fn view<'p>(&self, tables: &Tables, part: &'p Part, index: usize) -> Result<View<'p>> {
         let locate = |error: Error| error.with_path(tables.structure.path());
         let view = part.view(index).map_err(locate)?;
@@ -341,7 +341,7 @@ impl Index {
         Ok(view)
     }
 
-    /// The entry of a tensor of a part, with the slices of its holder where it is an alias.
+    /// The entry of a tensor of a part. An alias gets the slices of its holder.
     fn made(&self, tables: &Tables, part: &Part, index: usize) -> Result<TensorEntry> {
         let view = self.view(tables, part, index)?;
         let mut entry = view.entry()?;
@@ -359,7 +359,7 @@ impl Index {
         Ok(entry)
     }
 
-    /// True for a tensor whose bytes another one holds.
+    /// True for a tensor whose bytes another tensor holds.
     ///
     /// # Errors
     /// As [`Index::tensor`].
@@ -445,7 +445,7 @@ impl Tables {
     fn gather(&self, open: &Mutex<HashMap<usize, Arc<Beside>>>, index: &Index, part: &mut Part) -> Result<()> {
         for tensor in 0..part.len() {
             let number = part.first + tensor as u64;
-            // How many boxes of this tensor were found in each file.
+            // How many boxes of the current tensor were found in each file.
             let mut found = HashMap::<usize, u64>::new();
             let boxes = part.boxes(tensor).ok_or_else(disordered)?;
             for place in boxes {
@@ -477,7 +477,7 @@ impl Tables {
         Ok(())
     }
 
-    /// Opens the table beside a shard, or returns it.
+    /// Returns the table beside a shard, and opens it if needed.
     fn beside(
         open: &Mutex<HashMap<usize, Arc<Beside>>>,
         medium: &dyn Medium,
@@ -506,7 +506,8 @@ impl Tables {
     }
 }
 
-/// Returns the first number for which `before` is false; it is true for all those in front.
+/// Returns the first number for which `before` is false. `before` must be true for all numbers in front of
+/// it.
 fn bisect(range: Range<usize>, mut before: impl FnMut(usize) -> Result<bool>) -> Result<usize> {
     let Range { mut start, mut end } = range;
     while start < end {

@@ -1,9 +1,9 @@
 //! Invariants of every checkpoint, checked before a publish and whenever a checkpoint is opened.
 //!
-//! A manifest that passes names only plain files of its own directory; slices of the right size cover every
-//! tensor exactly once; and the slices in a file are contiguous from the end of its header to its last byte,
-//! as safetensors requires. So offsets and lengths of a checked manifest never lead a reader outside the
-//! files and tensors, whatever program wrote it.
+//! A manifest that passes has these properties. It names only plain files of its own directory. Slices of the
+//! right size cover every tensor exactly once. The slices in a file are contiguous from the end of its header
+//! to its last byte, as safetensors requires. So offsets and lengths of a checked manifest never lead a
+//! reader outside the files and tensors, whatever program wrote the manifest.
 
 use super::entries::{FileEntry, MANIFEST, SliceEntry, TensorEntry, block_count};
 use super::tiling;
@@ -30,7 +30,7 @@ pub(crate) fn check_layout(files: &[impl Borrow<FileEntry>], tensors: &[impl Bor
     }
 }
 
-/// Checks the files and tensors of one of several ranks, which need not have all of a tensor.
+/// Checks the files and tensors that one of several ranks writes. This rank need not have all of a tensor.
 ///
 /// # Errors
 /// As [`check_layout`].
@@ -51,7 +51,7 @@ pub(super) fn check_part(files: &[impl Borrow<FileEntry>], tensors: &[impl Borro
 }
 
 /// Checks a tensor alone: its name, that its slices are inside the files and their digests complete, and that
-/// they cover it exactly once.
+/// the slices cover the tensor exactly once.
 ///
 /// # Errors
 /// `Corrupt`, with tensor, file and range of the violation.
@@ -84,12 +84,12 @@ pub(super) fn check_files<'f>(files: impl IntoIterator<Item = &'f FileEntry>) ->
         if !is_plain(&file.name) || file.name == MANIFEST {
             return refuse("a file cannot have this name");
         }
-        // File systems that ignore case take two spellings for one file.
+        // A file system that ignores case treats two spellings as one file.
         if !names.insert(file.name.to_ascii_lowercase()) {
             return refuse("two files have the same name");
         }
-        // Lengths add up without overflow. Files that are read whole, or have no digests of parts, are
-        // bounded.
+        // Lengths must add up without overflow. The length of files that are read whole, or have no digests
+        // of parts, is bounded.
         let (data, length) = (file.data, file.length);
         total = total.saturating_add(length);
         let sound = if data == 0 { length <= MAX_PLAIN } else { data <= length && data <= MAX_DATA };

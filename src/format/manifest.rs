@@ -1,7 +1,8 @@
-//! `manifest.json`: which save a step is, its values, and the tables that say the rest.
+//! `manifest.json`: it identifies the save of a step, and has its values and the list of the tables that have
+//! the rest.
 //!
-//! The manifest is JSON that begins with its version and ends with its own digest. So every flipped bit is
-//! detected, and a reader can tell a later version from damage.
+//! The manifest is JSON that begins with its version and ends with its own digest. So a reader detects every
+//! flipped bit, and can tell a later version from damage.
 
 use super::columns::{FILES_TABLE, TENSORS_TABLE};
 use super::seal::{self, VERSION};
@@ -14,7 +15,8 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use uuid::Uuid;
 
-/// The manifest of a step. One of version 1 becomes this, without tables, beside its entries.
+/// The manifest of a step. A manifest of version 1 is converted to this type, without tables, beside its
+/// entries.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
@@ -26,23 +28,23 @@ pub struct Manifest {
     pub step: u64,
     /// The attempt that was published.
     pub attempt: Attempt,
-    /// The session of the ranks that wrote it; None for a step of one rank.
+    /// The session of the ranks that wrote the step; None for a step of one rank.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub session: Option<Uuid>,
     /// The number of that session in its root.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generation: Option<u64>,
-    /// How many ranks wrote it.
+    /// How many ranks wrote the step.
     pub world: u32,
     /// User metadata, encoded by [`crate::state::encode_value`].
     #[serde(deserialize_with = "unique::values")]
     pub metadata: BTreeMap<String, serde_json::Value>,
-    /// Values that all ranks share, encoded likewise.
+    /// Values that all ranks share, encoded in the same way.
     #[serde(deserialize_with = "unique::values")]
     pub values: BTreeMap<String, serde_json::Value>,
-    /// The length of all files of the step but this one, tables included.
+    /// The total length of all files of the step except the manifest itself, tables included.
     pub bytes: u64,
-    /// `tensors.table`, and `files.table` where the tables are split.
+    /// `tensors.table`, and also `files.table` if the tables are split.
     pub tables: Vec<TableEntry>,
 }
 
@@ -68,11 +70,11 @@ pub enum Sealed {
 }
 
 impl Sealed {
-    /// Parses a manifest, and checks its digest and all that it says itself. It uses at most a constant times
-    /// the length of `bytes` in memory.
+    /// Parses a manifest, and checks its digest and everything that the manifest itself contains. The memory
+    /// used is at most a constant times the length of `bytes`.
     ///
     /// # Errors
-    /// `Corrupt` for bytes that are no manifest; `Invalid` for an intact manifest of another version.
+    /// `Corrupt` for bytes that are not a manifest; `Invalid` for an intact manifest of another version.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
         match seal::open(bytes)? {
             (1, json) => v1::Manifest::read(&json).map(Self::One),
@@ -96,7 +98,7 @@ impl Sealed {
 }
 
 impl Manifest {
-    /// A manifest of a step of one rank, as yet without tables.
+    /// Creates a manifest of a step of one rank, still without tables.
     pub fn new(step: u64, attempt: Attempt) -> Self {
         Self {
             format: "ashore".into(),

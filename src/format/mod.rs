@@ -1,5 +1,5 @@
-//! The format on disk: safetensors shards, the manifest that makes them a checkpoint, and the tables that say
-//! what is where. `docs/format.md` specifies it.
+//! The format on disk: safetensors shards, the manifest that makes them a checkpoint, and the tables of
+//! tensors, files and rows. `docs/format.md` specifies the format.
 
 pub mod agreement;
 mod cells;

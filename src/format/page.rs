@@ -23,7 +23,7 @@ pub struct InMemory {
 }
 
 impl InMemory {
-    /// A file of this name and these bytes.
+    /// Creates a file of this name and these bytes.
     pub fn new(name: impl Into<String>, bytes: Vec<u8>) -> Self {
         Self { name: name.into(), bytes }
     }
@@ -46,13 +46,14 @@ impl Source for InMemory {
     }
 }
 
-/// The usual number of pages in the cache of a table: 32 MiB. A thousand names spread over a million tensors
-/// pass about as many pages, and those that many lookups pass must not be read again.
+/// The usual number of pages in the cache of a table: 32 MiB. A thousand lookups spread over a million
+/// tensors pass about as many pages. The cache keeps the pages that many lookups pass, so that they are not
+/// read again.
 const KEPT: NonZeroUsize = NonZeroUsize::new(2048).expect("not zero");
 
 /// The bytes of a file from which a table is read.
 pub trait Source: Send + Sync + Debug {
-    /// Its length in bytes.
+    /// The source's length in bytes.
     fn length(&self) -> u64;
 
     /// Fills `buffer` from `offset`.
@@ -61,13 +62,13 @@ pub trait Source: Send + Sync + Debug {
     /// When the bytes cannot be read.
     fn fill(&self, offset: u64, buffer: &mut [u8]) -> Result<()>;
 
-    /// Returns true if the same bytes may be other ones when they are read again, and forgets those that were
-    /// read ahead.
+    /// Returns true if a second read of the same bytes may return different bytes, and forgets bytes that
+    /// were read ahead.
     fn again(&self) -> bool {
         false
     }
 
-    /// Its path, for errors.
+    /// The path of the source, for errors.
     fn path(&self) -> PathBuf;
 }
 
@@ -77,19 +78,19 @@ pub(super) struct Pages {
     source: Arc<dyn Source>,
     /// The offset of the data in the file.
     data: u64,
-    /// Its length.
+    /// The length of the data.
     length: u64,
     digests: Vec<Digest>,
     /// Pages that were read and checked.
     kept: Mutex<LruCache<u64, AlignedBuffer, FixedState>>,
 }
 
-/// A page that is not what was written.
+/// A damaged page.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DamagedPage {
-    /// Its bytes in the file.
+    /// The range of the page in the file.
     pub range: Range<u64>,
-    /// Its digest as it was written and as it was read; None if the file is too short.
+    /// The digest as it was written and the digest of the page as read. None if the file is too short.
     pub digests: Option<(Digest, Digest)>,
 }
 
@@ -101,7 +102,7 @@ impl Pages {
         pages
     }
 
-    /// Keeps at most so many pages.
+    /// Keeps at most `most` pages.
     pub fn keep(&self, most: NonZeroUsize) {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner).resize(most);
     }
@@ -144,8 +145,8 @@ impl Pages {
         Ok(())
     }
 
-    /// Reads a page, whatever it is, and returns its digest. A wrong page is read twice where the source may
-    /// return other bytes then.
+    /// Reads a page, even a damaged one, and returns its digest. If the page is wrong and the source may
+    /// return different bytes the next time, reads it twice.
     fn fill(&self, number: u64, bytes: &mut AlignedBuffer) -> Result<Digest> {
         let range = self.range(number);
         bytes.reset((range.end - range.start) as usize);
@@ -164,7 +165,7 @@ impl Pages {
         self.data + begin..self.data + (begin + PAGE).min(self.length)
     }
 
-    /// Reads every page and returns those that are not what was written.
+    /// Reads every page and returns the damaged pages.
     pub fn damaged(&self) -> Result<Vec<DamagedPage>> {
         let (mut bytes, mut damaged) = (AlignedBuffer::new(0), Vec::new());
         for (number, written) in (0..).zip(&self.digests) {

@@ -1,5 +1,4 @@
-//! A part of the structure of a step, as it was read from tables: some neighbouring tensors, with their boxes
-//! and rows.
+//! A part of the structure of a step, read from tables: some neighbouring tensors, with their boxes and rows.
 
 use super::columns::{BOXES, WHOLE, dtype};
 use super::entries::{FileEntry, SliceEntry, TensorEntry, block_count};
@@ -11,22 +10,22 @@ use crate::state::Layout;
 use smallvec::SmallVec;
 use std::ops::Range;
 
-/// Numbers of a tensor in the column `tensors`.
+/// The count of numbers of a tensor in the column `tensors`.
 pub(super) const RECORD: usize = 7;
 
-/// Neighbouring tensors; each vector begins with what belongs to the first of them.
+/// Neighbouring tensors. Each vector begins with the numbers of the first of them.
 #[derive(Debug, Default)]
 pub(super) struct Part {
     /// The number of the first tensor.
     pub first: u64,
-    /// The column `tensors`, with one row more than there are tensors.
+    /// The column `tensors`, with one more row than there are tensors.
     pub tensors: Numbers,
     pub names: Vec<u8>,
     pub dims: Numbers,
     pub spans: Numbers,
     /// The file of each box.
     pub files: Numbers,
-    /// Offset, length, digest and first block of each box, and one row more.
+    /// Offset, length, digest and first block of each box, and one more row.
     pub rows: Numbers,
     pub blocks: Numbers,
 }
@@ -77,14 +76,14 @@ impl Part {
         range.filter(|range| range.start <= range.end).ok_or_else(disordered)
     }
 
-    /// The range of a column that belongs to a tensor, counted from that of the first.
+    /// The range of a column that belongs to a tensor, counted from the first tensor's range.
     fn range(&self, index: usize, count: Count) -> Option<Range<u64>> {
         let at = |index| self.record(index).map(|record| record[count as usize]);
         let (base, begin, end) = (at(0)?, at(index)?, at(index + 1)?);
         Some(begin.checked_sub(base)?..end.checked_sub(base)?)
     }
 
-    /// The number of boxes of a tensor.
+    /// The range of the boxes of a tensor.
     pub fn boxes(&self, index: usize) -> Option<Range<u64>> {
         self.range(index, Count::Boxes)
     }
@@ -156,9 +155,9 @@ impl View<'_> {
         self.files
     }
 
-    /// Checks the tensor against the files of its boxes, which are at hand.
+    /// Checks the tensor against the files of its boxes, which `file` returns.
     pub fn check<'f>(&self, file: impl Fn(usize) -> Option<&'f FileEntry>) -> Result<()> {
-        // The usual tensor, without memory of its own.
+        // The usual tensor, which needs no memory of its own.
         if let (WHOLE, &[number], &[offset, length, _, first, .., next]) = (self.placement, self.files, self.rows)
             && let Some(file) = file(number as usize)
             && (file.data > 0

@@ -16,7 +16,7 @@ const BEFORE_DIGEST: &[u8] = br#","digest":""#;
 /// The text after the digest, which ends the file.
 const END: &[u8] = b"\"}\n";
 
-/// Returns true for bytes that begin as a manifest of this library, damaged or not.
+/// Returns true for bytes that begin like a manifest of this library, damaged or not.
 pub fn is_ours(bytes: &[u8]) -> bool {
     bytes.starts_with(BEGIN)
 }
@@ -43,8 +43,8 @@ pub(crate) fn unseal(bytes: &[u8]) -> Option<&[u8]> {
     if intact { text.strip_suffix(BEFORE_DIGEST) } else { None }
 }
 
-/// Finds the one flipped bit or byte that explains a damaged manifest: in what its digest covers, or in one
-/// digit of the digest. None if there is none, or several.
+/// Finds the one flipped bit or byte that explains a damaged manifest, in the bytes that its digest covers,
+/// or in one digit of the digest. Returns None if there is no such flip, or several.
 pub fn flip(bytes: &[u8]) -> Option<Flip> {
     let (text, digits) = bytes.strip_suffix(END)?.split_last_chunk::<16>()?;
     let found = Digest::of(text);
@@ -57,7 +57,7 @@ pub fn flip(bytes: &[u8]) -> Option<Flip> {
     };
     let written = Digest::from_hex(digits);
     let of_text = written.and_then(|written| explain(written, found, text.len() as u64));
-    // With one digit wrong, the text cannot be: its flips change about half of all digits.
+    // If one digit is wrong, the text cannot be wrong: its flips would change about half of all digits.
     of_digest.or(of_text.filter(|flip| flip.is_one_byte()))
 }
 

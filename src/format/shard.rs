@@ -1,8 +1,8 @@
 //! Shards: safetensors files whose header names their step and attempt.
 //!
 //! The header of a shard begins with `__metadata__`, in which step and attempt have fixed offsets. So a
-//! header is made once per structure and stamped per save, and a reader identifies a shard by its first 4096
-//! bytes.
+//! header is created once per structure and stamped per save, and a reader identifies a shard by its first
+//! 4096 bytes.
 
 use crate::error::{Error, Result};
 use crate::id::Attempt;
@@ -13,13 +13,13 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::ops::Range;
 
-/// The file that maps tensors to files, written when there are several shards.
+/// The file that maps tensors to files. It is written when there are several shards.
 pub const INDEX: &str = "model.safetensors.index.json";
 
 /// The limit of the safetensors format for the header of one file, in bytes.
 pub const MAX_HEADER: usize = 100_000_000;
 
-/// The length of the prefix, which is the length of the JSON text.
+/// The length of the prefix. The prefix is the length of the JSON text.
 pub(super) const PREFIX: usize = 8;
 
 /// The JSON text before the step.
@@ -35,7 +35,7 @@ const WHOLE: &str = r#""}"#;
 /// are the keys of `torch.distributed.checkpoint`.
 const SHARDED: &str = r#"","DCP_VERSION":"1.0","DCP_SHARDING_INFO":"#;
 
-/// Bytes of the longest step, its closing quote and the comma; shorter steps are padded with spaces, which
+/// Bytes of the longest step, its closing quote and the comma. Shorter steps are padded with spaces, which
 /// JSON allows there.
 const STEP_ROOM: usize = 22;
 
@@ -75,17 +75,18 @@ impl HeaderTemplate {
     ///
     /// # Errors
     /// `Invalid` when the header is longer than the safetensors format allows; `Internal`, naming the tensor,
-    /// when a range is not that of the dtype and shape, or does not begin where the one before it ends.
+    /// when a range does not have the length of the dtype and shape, or does not begin where the previous
+    /// range ends.
     pub fn new<'a>(tensors: impl IntoIterator<Item = (&'a str, Dtype, &'a [usize], Range<u64>)>) -> Result<Self> {
         Self::with(WHOLE.as_bytes(), tensors)
     }
 
-    /// Creates the header of a shard of a sharded step: for each box of a tensor the name, dtype and shape of
-    /// the box, its range of bytes, and the index in the tensor at which it begins. `__metadata__` then has
-    /// the keys by which `torch.distributed.checkpoint` puts boxes of several files together.
+    /// Creates the header of a shard of a sharded step. It has, for each box of a tensor, the name, dtype and
+    /// shape of the box, its range of bytes, and the index in the tensor at which it begins. `__metadata__`
+    /// then has the keys by which `torch.distributed.checkpoint` puts boxes of several files together.
     ///
     /// # Errors
-    /// Those of [`HeaderTemplate::new`].
+    /// As [`HeaderTemplate::new`].
     pub fn sharded<'a>(
         boxes: impl IntoIterator<Item = (&'a str, Dtype, &'a [usize], Range<u64>, &'a [usize])> + Clone,
     ) -> Result<Self> {
@@ -185,8 +186,8 @@ pub(super) fn write_json(bytes: &mut Vec<u8>, value: &(impl Serialize + ?Sized))
         .map_err(|e| Error::internal("cannot write json").with_source(e))
 }
 
-/// The bytes that a box adds to the header of its file, where no offset is beyond `end`: at most 8 more than
-/// it does.
+/// An upper bound of the bytes that a box adds to the header of its file, if no offset is beyond `end`: at
+/// most 8 more than it adds.
 pub(crate) fn entry_len(name: &str, dtype: Dtype, shape: &[usize], at: Option<&[usize]>, end: u64) -> u64 {
     let digits = |n: u64| u64::from(n.checked_ilog10().unwrap_or(0)) + 1;
     let list = |list: &[usize]| list.iter().map(|&n| digits(n as u64) + 1).sum::<u64>();
@@ -205,7 +206,7 @@ pub(crate) fn entry_len(name: &str, dtype: Dtype, shape: &[usize], at: Option<&[
     entry + at.map_or(0, |at| json(1, 3, 7, 4) + saved + list(at))
 }
 
-/// The names of `n` shards, as stock tools expect them; `rank` is that of their writer, if several ranks
+/// The names of `n` shards, as stock tools expect them. `rank` is the rank that writes them, if several ranks
 /// write the step.
 pub fn shard_names(n: usize, rank: Option<u32>) -> Vec<String> {
     if let Some(rank) = rank {
@@ -222,7 +223,7 @@ pub fn values_name(rank: u32) -> String {
     format!("shard-{rank:05}-values.json")
 }
 
-/// The rank that wrote a file, by its name; None for a file of a process that saved alone.
+/// The rank that wrote a file, found from the file's name. None for a file of a process that saved alone.
 pub fn rank_of(name: &str) -> Option<u32> {
     name.strip_prefix("shard-")?.split_once('-')?.0.parse().ok()
 }
@@ -265,14 +266,15 @@ fn read_stamp(text: &[u8]) -> Option<(u64, Attempt)> {
     let (step, _) = rest.split_once('"')?;
     let attempt = rest.get(STEP_ROOM + BEFORE_ATTEMPT.len()..)?.get(..ATTEMPT_ROOM)?;
     let (step, attempt) = (step.parse().ok()?, Attempt::parse(attempt)?);
-    // A step and attempt have one spelling, so this comparison refuses any other text.
+    // A step and attempt have only one spelling, so this comparison refuses any other text.
     (stamp(step, attempt) == text).then_some((step, attempt))
 }
 
 /// The length of a shard's header with its prefix, from the first 8 bytes of the file or more.
 ///
 /// # Errors
-/// `Corrupt` when there are fewer, or the header would be empty or longer than the safetensors format allows.
+/// `Corrupt` when there are fewer bytes, or the header would be empty or longer than the safetensors format
+/// allows.
 pub fn header_len(prefix: &[u8]) -> Result<u64> {
     let Some(length) = prefix.first_chunk::<PREFIX>() else {
         return Err(Error::corrupt(format!("a shard is too short for a header length={}", prefix.len())));
@@ -303,7 +305,7 @@ mod tests {
         assert_eq!(info, serde_json::json!({"w\"": {"saved_offsets": [6]}, "scalar": {"saved_offsets": []}}));
     }
 
-    /// Copies in pieces of many lengths, as chunks may split the header.
+    /// Copies the header in pieces of many lengths, as chunks may split it.
     fn stamped(template: &HeaderTemplate, step: u64, attempt: Attempt) -> Vec<u8> {
         let (mut bytes, mut at) = (vec![0; template.len() as usize], 0);
         let stamp = Stamp::new(step, attempt);

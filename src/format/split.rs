@@ -1,5 +1,5 @@
-//! The split tables of a step that several ranks write. Ranks that leave their rows to rank 0 do without: a
-//! [`TableTemplate`](super::template::TableTemplate) of all of them makes one table.
+//! The split tables of a step that several ranks write. Ranks that leave their rows to rank 0 do not need
+//! them: a [`TableTemplate`](super::template::TableTemplate) of all ranks makes one table.
 //!
 //! 1. Each rank writes its shards, and beside each shard the bytes of [`rows_table`], under the name
 //!    [`FileRow::rows_name`]. It sends a [`FileRow`] of every file to rank 0 with its receipt.
@@ -7,7 +7,8 @@
 //!    order of the file numbers that the structure's slices name.
 //! 3. Rank 0 writes [`manifest`] last.
 //!
-//! The first three return the bytes of a file and what the next one says of it: name, length and digest.
+//! The first three functions return the bytes of a file, and the description of the file for the next one:
+//! name, length and digest.
 
 use super::columns::{self, BESIDE, FILES_TABLE, FileRow, STEP_FILES, STRUCTURE, TENSORS_TABLE};
 use super::entries::{SliceEntry, TensorEntry};
@@ -20,7 +21,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use uuid::Uuid;
 
-/// The save that a manifest of several ranks is of.
+/// The identity of the save for which several ranks write a manifest.
 #[derive(Clone, Debug)]
 pub struct Head {
     /// The step.
@@ -35,12 +36,13 @@ pub struct Head {
     pub world: u32,
 }
 
-/// Makes the table of the rows of one shard, `file`: the number of the tensor and the box of each, by
-/// ascending number, with their digests. `values` are those of the rank, encoded by
-/// [`crate::state::encode_value`]; a rank with several shards gives them to the first and none to the others.
+/// Makes the table of the rows of one shard, `file`. Each row has the number of the tensor, the box and its
+/// digests; rows are sorted by tensor number. `values` are those of the rank, encoded by
+/// [`crate::state::encode_value`]. A rank with several shards gives its values to the first shard and none to
+/// the others.
 ///
 /// # Errors
-/// `Internal` when rows are not in order, `Invalid` when there are more than a table takes.
+/// `Internal` when rows are not in order; `Invalid` when there are more rows than a table can hold.
 pub fn rows_table<'s>(
     file: &str,
     rows: impl IntoIterator<Item = (u32, &'s SliceEntry)>,
@@ -56,13 +58,13 @@ pub fn rows_table<'s>(
     made(FileRow::rows_name(file), &BESIDE, [rows, blocks, tensors, values])
 }
 
-/// Makes `tensors.table`: tensors sorted by name, with the file and box of each of their slices. Their
-/// digests, offsets and lengths are not used. `aliases` has the numbers of tensors without slices, and of the
-/// tensor that holds the bytes of each.
+/// Makes `tensors.table`: tensors sorted by name, with the file and box of each of their slices. The slices'
+/// digests, offsets and lengths are not used. `aliases` maps the number of each tensor without slices to the
+/// number of the tensor that holds its bytes.
 ///
 /// # Errors
-/// `Internal` when tensors are not in order or do not cover their shape, `Invalid` when there are more than a
-/// table takes.
+/// `Internal` when tensors are not in order or their slices do not cover their shape; `Invalid` when there
+/// are more tensors than a table can hold.
 pub fn tensors_table(tensors: &[TensorEntry], aliases: &BTreeMap<usize, usize>) -> Result<(Vec<u8>, TableEntry)> {
     columns::check_aliases(tensors, aliases)?;
     let hole = tensors.iter().enumerate().find(|(i, tensor)| !aliases.contains_key(i) && !invariants::covers(tensor));
@@ -75,7 +77,7 @@ pub fn tensors_table(tensors: &[TensorEntry], aliases: &BTreeMap<usize, usize>) 
 /// Makes `files.table` of all files of the step.
 ///
 /// # Errors
-/// `Internal` when two files have one name, or a shard has no table of rows.
+/// `Internal` when two files have the same name, or a shard has no table of rows.
 pub fn files_table(files: &[FileRow]) -> Result<(Vec<u8>, TableEntry)> {
     invariants::check_files(files.iter().map(|file| &file.entry))
         .map_err(|error| error.with_kind(crate::error::ErrorKind::Internal))?;
@@ -85,8 +87,8 @@ pub fn files_table(files: &[FileRow]) -> Result<(Vec<u8>, TableEntry)> {
     made(FILES_TABLE.into(), &STEP_FILES, columns::files(files))
 }
 
-/// Makes `manifest.json`. `values` are those that all ranks share; `tables` are those of [`tensors_table`]
-/// and [`files_table`].
+/// Makes `manifest.json`. `values` are those that all ranks share; `tables` are the results of
+/// [`tensors_table`] and [`files_table`].
 ///
 /// # Errors
 /// `Internal` when a value is not JSON.

@@ -1,8 +1,8 @@
-//! A table: columns of numbers and text, in the bytes of a safetensors file under another extension.
+//! A table: columns of numbers and text, in the bytes of a safetensors file with another extension.
 //!
 //! The last column, `pages`, holds the digest of every [`PAGE`] bytes of the data before it. The digest of a
-//! table covers its header and that column. So a reader that knows the digest checks every byte that it uses
-//! and reads no other: header, `pages`, and the pages of the rows that it looks up.
+//! table covers its header and that column. So a reader that knows the digest checks every byte that it uses,
+//! and reads only the header, `pages`, and the pages of the rows that it looks up.
 
 use super::page::{DamagedPage, Pages};
 pub use super::page::{InMemory, PAGE, Source};
@@ -23,28 +23,28 @@ use std::sync::Arc;
 /// Maximum length of a header with its prefix.
 const MAX_HEADER: u64 = 64 << 10;
 
-/// Maximum length of a table: the digests of its pages take at most 32 MiB.
+/// Maximum length of a table. At this length the digests of its pages take 32 MiB.
 pub const MAX_TABLE: u64 = 64 << 30;
 
 /// The name of the last column.
 const PAGES: &str = "pages";
 
-/// Numbers of a row, in a memory without an allocation for few.
+/// Numbers of a row. A row of few numbers needs no allocation.
 pub type Numbers = SmallVec<[u64; 16]>;
 
-/// What a column must be: its name, the type of its numbers, and how many of them are a row.
+/// The specification of a column: its name, the type of its numbers, and the count of numbers in a row.
 #[derive(Clone, Copy, Debug)]
 pub struct Spec {
-    /// Its name.
+    /// The column's name.
     pub name: &'static str,
     /// `U8`, `U32` or `U64`.
     pub dtype: Dtype,
-    /// The numbers of a row; 1 for a column of one dimension.
+    /// The count of numbers in a row; 1 for a column of one dimension.
     pub width: u64,
 }
 
 impl Spec {
-    /// The specification of a column.
+    /// Creates the specification of a column.
     pub const fn new(name: &'static str, dtype: Dtype, width: u64) -> Self {
         Self { name, dtype, width }
     }
@@ -70,16 +70,16 @@ pub struct Blank {
     bytes: Vec<u8>,
     /// The offset of the data: the length of the header with its prefix.
     data: usize,
-    /// The offset of each column, and at the end that of `pages`.
+    /// The offset of each column, followed by the offset of `pages`.
     columns: Vec<usize>,
 }
 
 impl Blank {
-    /// Puts columns together, in this order: those of wide numbers come first, and among them those that
-    /// change from save to save.
+    /// Puts columns together, in this order. Columns of wide numbers must come first, and among these the
+    /// columns that change from save to save.
     ///
     /// # Errors
-    /// `Internal` when a column is not made of whole rows, `Invalid` when the table would be too long.
+    /// `Internal` when a column does not consist of whole rows; `Invalid` when the table would be too long.
     pub fn new(columns: &[(Spec, Vec<u8>)]) -> Result<Self> {
         let mut header = vec![0; 8];
         let (mut end, mut offsets) = (0_u64, Vec::with_capacity(columns.len() + 1));
@@ -131,8 +131,8 @@ impl Blank {
         self.columns.get(index).copied().unwrap_or(self.bytes.len())
     }
 
-    /// Sets the digests of pages in `bytes`, a copy that differs from [`Blank::bytes`] only before offset
-    /// `end`, and returns the digest of the table.
+    /// Sets the digests of pages in `bytes`, and returns the digest of the table. `bytes` is a copy of
+    /// [`Blank::bytes`] that differs from it only before offset `end`.
     pub fn seal(&self, bytes: &mut [u8], end: usize) -> Digest {
         let Some(&pages) = self.columns.last() else { return Digest::EMPTY };
         let (before, pages) = bytes.split_at_mut(pages);
@@ -152,8 +152,8 @@ impl Blank {
     }
 }
 
-/// Seals the bytes of a table again, whatever they are: sets the digests of pages where the header says where
-/// they are, and returns the digest of the table.
+/// Seals the bytes of a table again, without checking them: sets the digests of pages at the place that the
+/// header names, and returns the digest of the table.
 pub fn resealed(mut bytes: Vec<u8>) -> (Vec<u8>, Digest) {
     let header = bytes.first_chunk().map_or(0, |text| u64::from_le_bytes(*text)).saturating_add(8);
     let header =
@@ -262,7 +262,7 @@ impl Table {
         let (Some(last), true) = (last, infos.is_empty()) else {
             return refuse("a table has other columns than it should have");
         };
-        // The rows were compared with the length of the file.
+        // The count of rows was compared with the length of the file.
         let mut bytes = vec![0; 8 * last.rows as usize];
         source.fill(data + last.begin, &mut bytes)?;
         let found = Digest::of(&header).then(Digest::of(&bytes), bytes.len() as u64);
@@ -274,12 +274,12 @@ impl Table {
         Ok((Self { pages: Pages::new(source, data, last.begin, digests), path }, columns))
     }
 
-    /// Keeps at most so many pages in memory, of 16 KiB each, instead of 2048.
+    /// Keeps at most `pages` pages in memory, of 16 KiB each, instead of 2048.
     pub fn keep(&self, pages: NonZeroUsize) {
         self.pages.keep(pages);
     }
 
-    /// The path of its file.
+    /// The path of the table's file.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -292,7 +292,7 @@ impl Table {
     /// The numbers of rows of a column.
     ///
     /// # Errors
-    /// `Corrupt` when the column has no such rows, or their bytes are not those that were written.
+    /// `Corrupt` when the column has no such rows, or when their bytes are damaged.
     pub fn numbers(&self, column: &Column, rows: Range<u64>) -> Result<Numbers> {
         let mut numbers = Numbers::new();
         self.visit(column, rows, |bytes| {
@@ -315,7 +315,8 @@ impl Table {
         Ok(all)
     }
 
-    /// Calls `visit` with the bytes of rows of a column, split where pages end but never within a number.
+    /// Calls `visit` with the bytes of rows of a column. The bytes are split where pages end, but never
+    /// within a number.
     fn visit(&self, column: &Column, rows: Range<u64>, mut visit: impl FnMut(&[u8])) -> Result<()> {
         if rows.start > rows.end || rows.end > column.rows {
             return Err(self.wrong(&format!("a table has no such rows column={} rows={rows:?}", column.name)));
@@ -323,7 +324,7 @@ impl Table {
         let range = column.begin + rows.start * column.row..column.begin + rows.end * column.row;
         let mut split = SmallVec::<[u8; 8]>::new();
         let each = |mut bytes: &[u8]| {
-            // Numbers are not aligned to pages: one may begin in a page and end in the next.
+            // Numbers are not aligned to pages: a number may begin in one page and end in the next.
             if !split.is_empty() {
                 let (rest, more) = bytes.split_at(bytes.len().min(column.size - split.len()));
                 split.extend_from_slice(rest);
@@ -341,7 +342,7 @@ impl Table {
         self.pages.visit(range, each).map_err(|error| error.with_path(&self.path))
     }
 
-    /// Reads every page and returns those that are not what was written.
+    /// Reads every page and returns the damaged pages.
     ///
     /// # Errors
     /// When a page cannot be read.

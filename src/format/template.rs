@@ -1,5 +1,5 @@
-//! The table of a step of one rank, made once per structure and filled per save: making 100,000 rows anew
-//! costs tens of milliseconds each time.
+//! The table of a step of one rank. It is created once per structure and filled per save, because making
+//! 100,000 rows anew takes tens of milliseconds each time.
 
 use super::columns::{self, BOX_FILES, DIMS, FILE_NAMES, FILES, FileRow, NAMES, ROWS, SPANS, TENSORS};
 use super::columns::{BLOCKS, TENSORS_TABLE};
@@ -13,14 +13,14 @@ use crate::id::Attempt;
 use crate::memory::AlignedBuffer;
 use std::collections::BTreeMap;
 
-/// What [`TableTemplate::fill`] is told of a file.
+/// The facts about a file that [`TableTemplate::fill`] needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FilledFile {
-    /// The digest of its header.
+    /// The digest of the file's header.
     pub header: Digest,
-    /// The digest of all of it.
+    /// The digest of the whole file.
     pub whole: Digest,
-    /// The step and attempt that wrote it; None: those of the table.
+    /// The step and attempt that wrote the file. None means those of the table.
     pub origin: Option<(u64, Attempt)>,
 }
 
@@ -41,11 +41,12 @@ pub struct TableTemplate {
 
 impl TableTemplate {
     /// Creates a template for these files and tensors, checked against [`invariants`]. Their digests are
-    /// placeholders for those that [`TableTemplate::fill`] inserts. `aliases` has the numbers of tensors
-    /// without slices, and of the tensor that holds the bytes of each.
+    /// placeholders for the digests that [`TableTemplate::fill`] inserts. `aliases` maps the number of each
+    /// tensor without slices to the number of the tensor that holds its bytes.
     ///
     /// # Errors
-    /// `Internal` when an invariant does not hold, `Invalid` when there are more tensors than a table takes.
+    /// `Internal` when an invariant does not hold; `Invalid` when there are more tensors than a table can
+    /// hold.
     pub fn new(files: &[FileEntry], tensors: &[TensorEntry], aliases: &BTreeMap<usize, usize>) -> Result<Self> {
         let held: Vec<_> = (0..).zip(tensors).filter(|(i, _)| !aliases.contains_key(i)).map(|(_, t)| t).collect();
         invariants::check_layout(files, &held).map_err(|e| e.with_kind(ErrorKind::Internal))?;
@@ -53,7 +54,7 @@ impl TableTemplate {
         Self::unchecked(files, tensors, aliases)
     }
 
-    /// A template for what one of several ranks writes: its slices need not cover a tensor.
+    /// Creates a template for the files of one of several ranks, whose slices need not cover a tensor.
     ///
     /// # Errors
     /// As [`TableTemplate::new`].
@@ -84,9 +85,9 @@ impl TableTemplate {
         Ok(Self { blank: Blank::new(&columns)?, files: files.len(), blocks })
     }
 
-    /// Writes the bytes of `tensors.table` to `out`, and reuses its memory if it is large enough; returns
-    /// what the manifest says of them. `files` has what was written of each file;
-    /// `slices` those of each slice and of its blocks, tensor by tensor; both in the order given to
+    /// Writes the bytes of `tensors.table` to `out`, and reuses its memory if it is large enough. Returns the
+    /// manifest's entry for the table. `files` has the facts of each written file. `slices` has the digests
+    /// of each slice and of its blocks, tensor by tensor. Both are in the order given to
     /// [`TableTemplate::new`].
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! Whether boxes cover a tensor, each element once.
+//! Checks whether boxes cover a tensor, each element once.
 
 use foldhash::fast::FixedState;
 use std::collections::HashMap;
@@ -9,7 +9,7 @@ pub(crate) const MAX_SPLIT: usize = 4;
 /// Why boxes do not tile a tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// They split more than [`MAX_SPLIT`] dimensions.
+    /// The boxes split more than [`MAX_SPLIT`] dimensions.
     Split(usize),
     /// The first element, in row-major order, that is in no box.
     Hole(Vec<usize>),
@@ -17,12 +17,13 @@ pub(crate) enum Fault {
     Overlap(Vec<usize>),
 }
 
-/// Checks that boxes, given as begin and extent and all within `shape`, cover it exactly once.
+/// Checks that boxes, given as begin and extent and all within `shape`, cover `shape` exactly once.
 ///
-/// They do when their corners, counted with alternating signs, are those of the whole: the counts are the
-/// mixed differences of the coverage of each point, and determine it. At the first point where a count is
-/// left, no difference before it is, so that count is the coverage there less one. This is linear in the
-/// boxes; comparing pairs is quadratic.
+/// The check counts the corners of each box with alternating signs. The boxes cover `shape` exactly once when
+/// these counts equal those of the whole: the counts are the mixed differences of the coverage of each point,
+/// and so determine the coverage. At the first point where a count remains, all differences before it are
+/// zero. So the remaining count is the coverage of that point less one. The check is linear in the number of
+/// boxes; comparing pairs of boxes would be quadratic.
 pub(crate) fn check<'a>(
     shape: &[usize],
     boxes: impl Iterator<Item = (&'a [usize], &'a [usize])> + Clone,
@@ -79,7 +80,7 @@ mod tests {
         Ok(())
     }
 
-    /// Cuts a box at random places: the parts tile it.
+    /// Cuts a box at random places. The parts tile the box.
     fn cut_up(shape: Vec<usize>, cuts: Vec<(usize, usize, usize)>) -> Vec<(Vec<usize>, Vec<usize>)> {
         let mut boxes = vec![(vec![0; shape.len()], shape.clone())];
         for (which, dim, place) in cuts {

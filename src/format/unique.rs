@@ -1,5 +1,5 @@
-//! Parses JSON and refuses objects with a duplicate key. Usual readers differ on which duplicate they take,
-//! so two readers of one file could disagree.
+//! Parses JSON and refuses objects with a duplicate key. JSON readers differ on which duplicate they take, so
+//! two readers of one file could disagree.
 
 use serde::Deserializer;
 use serde::de::{DeserializeSeed, Error, MapAccess, SeqAccess, Visitor};
@@ -7,8 +7,8 @@ use serde_json::{Map, Number, Value};
 use std::collections::{BTreeMap, btree_map};
 use std::fmt;
 
-/// The key under which `serde_json` passes numbers if some crate of the program enabled
-/// `arbitrary_precision`. [`crate::state::encode_value`] never writes this key, so it is unambiguous.
+/// The key under which `serde_json` passes numbers if some crate of the program has enabled
+/// `arbitrary_precision`. [`crate::state::encode_value`] never writes this key, so the key is unambiguous.
 const NUMBER: &str = "$serde_json::private::Number";
 
 /// Deserializes a map of values, for `#[serde(deserialize_with)]`.

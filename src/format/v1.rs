@@ -1,5 +1,5 @@
-//! Version 1 of the format, which this library reads and no longer writes: `manifest.json` has every file,
-//! tensor, value and digest of a step.
+//! Version 1 of the format, which this library reads but no longer writes. Its `manifest.json` has every
+//! file, tensor, value and digest of a step.
 
 use super::entries::{FileEntry, TensorEntry};
 use super::{invariants, seal, unique};
@@ -20,7 +20,7 @@ pub struct Manifest {
     pub step: u64,
     /// The attempt that was published.
     pub attempt: Attempt,
-    /// How many ranks wrote it.
+    /// How many ranks wrote the step.
     pub world: u32,
     /// User metadata, encoded by [`crate::state::encode_value`].
     #[serde(deserialize_with = "unique::values")]
@@ -35,11 +35,11 @@ pub struct Manifest {
 }
 
 impl Manifest {
-    /// Parses a manifest, and checks its digest and all [`invariants`]. It uses at most a constant times the
-    /// length of `bytes` in memory.
+    /// Parses a manifest, and checks its digest and all [`invariants`]. The memory used is at most a constant
+    /// times the length of `bytes`.
     ///
     /// # Errors
-    /// `Corrupt` for bytes that are no manifest; `Invalid` for an intact manifest of another version.
+    /// `Corrupt` for bytes that are not a manifest; `Invalid` for an intact manifest of another version.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
         match seal::open(bytes)? {
             (1, json) => Self::read(&json),
@@ -47,7 +47,7 @@ impl Manifest {
         }
     }
 
-    /// Reads the JSON text of a manifest whose digest fits.
+    /// Reads the JSON text of a manifest whose digest matches.
     pub(super) fn read(json: &[u8]) -> Result<Self> {
         let manifest: Self =
             serde_json::from_slice(json).map_err(|e| Error::corrupt("a manifest cannot be read").with_source(e))?;

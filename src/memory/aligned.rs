@@ -3,7 +3,7 @@
 use super::ALIGNMENT;
 use std::ops::{Deref, DerefMut};
 
-/// Zeroed bytes at a multiple of [`ALIGNMENT`], of any length.
+/// Zeroed bytes, of any length, at an address that is a multiple of [`ALIGNMENT`].
 #[derive(Debug)]
 pub struct AlignedBuffer {
     memory: Vec<u8>,
@@ -12,12 +12,12 @@ pub struct AlignedBuffer {
 }
 
 impl AlignedBuffer {
-    /// `len` zero bytes.
+    /// Allocates `len` zero bytes.
     pub fn new(len: usize) -> Self {
         Self::over(vec![0; len + ALIGNMENT], len)
     }
 
-    /// `len` zero bytes, or None if the allocation fails.
+    /// Allocates `len` zero bytes, or returns None if the allocation fails.
     pub fn try_new(len: usize) -> Option<Self> {
         let memory: Vec<u8> = bytemuck::allocation::try_zeroed_slice_box(len.checked_add(ALIGNMENT)?).ok()?.into();
         Some(Self::over(memory, len))
@@ -28,7 +28,8 @@ impl AlignedBuffer {
         Self { memory, start, len }
     }
 
-    /// Sets the length to `len`, and reuses the memory if it is large enough. The content is unspecified.
+    /// Sets the length to `len`, and reuses the memory if it is large enough. The content is unspecified
+    /// afterwards.
     pub fn reset(&mut self, len: usize) {
         if self.start + len > self.memory.len() {
             *self = Self::new(len);

@@ -1,7 +1,7 @@
-//! The arena: a mapping that is registered with the device, and its slabs.
+//! The arena: a memory mapping that is registered with the device, and its slabs.
 //!
 //! # Safety argument
-//! A registration belongs to the mapping, which drops it before the memory is unmapped.
+//! A registration belongs to the mapping, which drops the registration before it unmaps the memory.
 #![expect(unsafe_code, reason = "registering the mapping; argument above")]
 
 use super::limit;
@@ -15,10 +15,10 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-/// Registers memory with a device, so that the device copies to it asynchronously.
+/// Registers memory with a device, so that the device can copy to it asynchronously.
 pub trait Register {
-    /// Registers the memory of an arena until the returned value is dropped, which happens before the memory
-    /// is unmapped.
+    /// Registers the memory of an arena until the returned value is dropped. The arena drops that value
+    /// before it unmaps the memory.
     ///
     /// # Errors
     /// `Device` when the memory cannot be pinned.
@@ -27,7 +27,7 @@ pub trait Register {
     /// The NUMA node closest to the device.
     ///
     /// # Errors
-    /// The reason why any node is as good.
+    /// The reason why all nodes are equally good.
     fn node(&self) -> Result<Node, String> {
         Err("the device has no NUMA node of its own".into())
     }
@@ -45,7 +45,7 @@ pub struct Pages<'m> {
 }
 
 impl Pages<'_> {
-    /// `len` bytes at `base`.
+    /// Describes `len` bytes at `base`.
     ///
     /// # Safety
     /// The bytes stay mapped until the value that a registration returned is dropped.
@@ -74,12 +74,14 @@ pub struct ArenaReport {
     pub slabs: usize,
     /// The kernel accepted the request for huge pages.
     pub huge_pages: bool,
-    /// The device's NUMA node, whose CPUs touched the memory first; or the reason why CPUs of any node did.
+    /// The device's NUMA node, whose CPUs touched the memory first, or the reason why CPUs of any node
+    /// touched it.
     pub node: Result<u32, String>,
-    /// Ok if the memory is locked; the error is the reason why not. Not fatal: the kernel may page it out.
+    /// Ok if the memory is locked. The error is the reason it is not; this is not fatal: the kernel may page
+    /// it out.
     pub locked: Result<(), String>,
-    /// Ok if the memory is registered with the device and the storage; the error is the reason why not. Not
-    /// fatal: copies are slower then.
+    /// Ok if the memory is registered with the device and the storage. The error is the reason it is not;
+    /// this is not fatal, but copies are slower.
     pub pinned: Result<(), String>,
 }
 
@@ -90,9 +92,10 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// Maps `bytes` (rounded down to whole slabs), faults them in with all cores, locks and registers them.
-    /// If registration fails, it tries a half and a quarter: a smaller arena only waits more for writers, but
-    /// copies to unpinned memory are slow and block the thread that queues them.
+    /// Maps `bytes` (rounded down to whole slabs), faults the pages in with all cores, locks them and
+    /// registers them. If registration fails, it tries a half and then a quarter of the size. With a smaller
+    /// arena saves only wait more for writers, but copies to unpinned memory are slow and block the thread
+    /// that queues them.
     ///
     /// # Errors
     /// `Invalid` when the memory is not available.
@@ -104,7 +107,7 @@ impl Arena {
         let mut arena = take(bytes)?;
         if let Err(reason) = arena.report.pinned.clone() {
             for part in [2, 4].into_iter().filter(|part| bytes / part >= 2 * slab) {
-                // Dropped first: the machine may not have memory for both.
+                // Dropped first, because the machine may not have memory for both arenas.
                 drop(arena);
                 arena = take(bytes / part)?;
                 if arena.report.pinned.is_ok() {
@@ -127,10 +130,10 @@ impl Arena {
         Ok(arena)
     }
 
-    /// [`Arena::new`] without limit check and fallback: the report says what is missing.
+    /// [`Arena::new`] without limit check and fallback. The report says what is missing.
     ///
     /// # Errors
-    /// Those of [`Arena::new`].
+    /// As [`Arena::new`].
     pub(crate) fn quietly(bytes: u64, slab: u64, register: &dyn Register, home: Arc<Signal>) -> Result<Self> {
         let too_big = || Error::invalid(format!("the arena does not fit the address space arena={bytes}"));
         let slab = usize::try_from(slab).map_err(|_| too_big())?;
@@ -139,7 +142,7 @@ impl Arena {
         let huge_pages = mapping.prepare();
         let node = mapping.prefault(register.node());
         let locked = mapping.lock();
-        // SAFETY: the mapping drops its registration before it unmaps them.
+        // SAFETY: the mapping drops its registration before it unmaps these pages.
         let registered = register.register(unsafe { Pages::new(mapping.pointer(), mapping.len()) });
         let pinned = registered.map(|registration| mapping.keep(registration));
         let pinned = pinned.map_err(|error| format!("{error:#}"));

@@ -1,7 +1,7 @@
-//! The memory limit of this process: that of the machine, or of a control group.
+//! The memory limit of this process, set by the machine or by a control group.
 //!
-//! Without this check, the kernel kills the process without a message while it faults in an arena that is too
-//! large.
+//! Without this check, the kernel kills the process without a message while the process faults in an arena
+//! that is too large.
 
 use crate::error::{Error, Result};
 use std::fs;
@@ -37,8 +37,8 @@ fn fits(arena: u64, limits: impl IntoIterator<Item = Limit>) -> Result<()> {
 }
 
 /// The limits of the control groups in `groups` (lines of `/proc/self/cgroup`) and of their ancestors. In a
-/// container the path is often that of the host, while the mount begins further down: then the topmost group
-/// counts.
+/// container the path is often that of the host, while the mount begins further down: then the topmost
+/// mounted group counts.
 fn of_groups(groups: &str, mounted: &Path) -> Vec<Limit> {
     let mut found = Vec::new();
     for line in groups.lines() {

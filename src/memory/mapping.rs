@@ -2,9 +2,9 @@
 //! device's NUMA node, locked if allowed.
 //!
 //! # Safety argument
-//! A mapping is private, anonymous, and leased only in disjoint slabs; `Drop` unmaps it when neither the
-//! arena nor a lease is left. Prefaulting writes zeros over zeros before the first lease. Under Miri, which
-//! has no such mappings, an aligned allocation stands in.
+//! A mapping is private and anonymous, and is leased only in disjoint slabs. `Drop` unmaps it when neither
+//! the arena nor a lease is left. Prefaulting writes zeros over zeros before the first lease. Under Miri,
+//! which has no such mappings, an aligned allocation replaces the mapping.
 #![expect(unsafe_code, reason = "mapping, locking and prefaulting memory; argument above")]
 
 use super::node::Node;
@@ -19,7 +19,7 @@ pub(super) struct Mapping {
     registration: Option<Box<dyn Any + Send + Sync>>,
 }
 
-// SAFETY: the mapping is plain memory, reached only through leases, which own disjoint parts of it.
+// SAFETY: the mapping is plain memory, accessed only through leases, which own disjoint parts of it.
 unsafe impl Send for Mapping {}
 // SAFETY: the mapping has no method that writes through a shared reference.
 unsafe impl Sync for Mapping {}
@@ -33,14 +33,14 @@ impl Mapping {
         self.len
     }
 
-    /// Keeps what a registration returned until just before the memory is unmapped.
+    /// Keeps the value that a registration returned until just before the memory is unmapped.
     pub fn keep(&mut self, registration: Box<dyn Any + Send + Sync>) {
         self.registration = Some(registration);
     }
 
     /// Touches every page from all cores, so that no save waits for a page fault. The cores are those of
-    /// `node` if there is one, because a page is allocated on the node that touches it first. The threads end
-    /// with start-up.
+    /// `node` if there is one, because the kernel allocates a page on the node that touches it first. The
+    /// threads end when start-up ends.
     pub fn prefault(&mut self, node: Result<Node, String>) -> Result<u32, String> {
         if cfg!(miri) {
             return Err("not under miri".into());
@@ -60,12 +60,12 @@ impl Mapping {
                         *lock(elsewhere) = Some(format!("threads cannot be moved to the node of the device: {error}"));
                     }
                     for page in part.chunks_mut(super::ALIGNMENT) {
-                        // SAFETY: a valid exclusive reference; volatile, so that the store of a zero is not
-                        // left out.
+                        // SAFETY: a valid exclusive reference; the store is volatile, so that the compiler
+                        // does not omit the store of a zero.
                         unsafe { std::ptr::write_volatile(&mut page[0], 0) };
                     }
                 };
-                // If no thread can start, the first save faults in the missing pages.
+                // If no thread can be started, the first save faults in the missing pages.
                 if let Err(error) = std::thread::Builder::new().spawn_scoped(scope, touch) {
                     tracing::warn!(error = format_args!("{error:#}"), "part of the arena is not faulted in");
                 }
@@ -97,7 +97,7 @@ impl Mapping {
         Ok(Self { base: base.cast(), len, registration: None })
     }
 
-    /// Keeps the mapping out of forked children, where device transfers would corrupt it, and asks for huge
+    /// Keeps the mapping out of forked children, where device transfers would corrupt it, and requests huge
     /// pages.
     pub fn prepare(&self) -> bool {
         // SAFETY: advice on our own mapping.
@@ -128,7 +128,7 @@ impl Mapping {
     }
 
     pub fn new(len: usize) -> Result<Self> {
-        // SAFETY: the size is not zero: an arena holds at least two chunks.
+        // SAFETY: the size is not zero, because an arena holds at least two chunks.
         Ok(Self { base: unsafe { std::alloc::alloc_zeroed(Self::layout(len)) }, len, registration: None })
     }
 

@@ -1,8 +1,8 @@
 //! The arena: aligned, prefaulted memory, allocated once at start and leased in slabs.
 //!
 //! **Consistency.** Only a [`Lease`] gives access to a slab, and each slab has at most one lease.
-//! **Completion.** Dropping the lease, or the [`Slab`] that a storage was handed, returns the slab; that is
-//! the only back-pressure.
+//! **Completion.** Dropping the lease, or the [`Slab`] that a storage received, returns the slab. This is the
+//! only back-pressure.
 //! **Fork.** A child does not inherit the mapping.
 
 mod aligned;

@@ -1,13 +1,13 @@
-//! NUMA nodes: finds the node of a device in sysfs, and moves threads there.
+//! NUMA nodes: finds the node of a device in sysfs, and moves threads to that node.
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use std::fs;
 use std::path::Path;
 
-/// A NUMA node, and its CPUs on which this process may run.
+/// A NUMA node, and those of its CPUs on which this process may run.
 #[derive(Clone, Debug)]
 pub struct Node {
-    /// Its number.
+    /// The node's number.
     pub number: u32,
     cpus: CpuSet,
 }
@@ -16,7 +16,7 @@ impl Node {
     /// Finds the node of the PCI device `id` (`0000:0f:00.0`) in the sysfs mounted at `sysfs`.
     ///
     /// # Errors
-    /// The reason why the node makes no difference, or is not known.
+    /// The reason why the node makes no difference, or why it is not known.
     pub fn of(sysfs: &Path, id: &str) -> Result<Self, String> {
         let nodes = sysfs.join("devices/system/node");
         if list(&read(&nodes.join("online"))?)?.count() < 2 {
@@ -37,7 +37,7 @@ impl Node {
         Ok(Self { number, cpus })
     }
 
-    /// The number of its CPUs on which this process may run.
+    /// The number of the node's CPUs on which this process may run.
     pub fn processors(&self) -> usize {
         self.cpus.count() as usize
     }
@@ -56,7 +56,7 @@ fn read(path: &Path) -> Result<String, String> {
     Ok(text.trim().to_owned())
 }
 
-/// The numbers of a list such as `0-3,8`.
+/// The numbers in a list such as `0-3,8`.
 fn list(text: &str) -> Result<impl Iterator<Item = usize> + use<>, String> {
     let range = |part: &str| {
         let (first, last) = part.split_once('-').unwrap_or((part, part));

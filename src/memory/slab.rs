@@ -2,8 +2,8 @@
 //!
 //! # Safety argument
 //! The mapping lives as long as any `Arc<Pool>`, and every lease has one. The free list hands out an index
-//! again only after it was returned, so two leases never cover the same bytes; a lease therefore owns its
-//! slab exclusively and may move between threads. A device copies into a slab through [`Lease::as_mut_ptr`],
+//! again only after it was returned, so two leases never cover the same bytes. A lease therefore owns its
+//! slab exclusively, and may move between threads. A device copies into a slab through [`Lease::as_mut_ptr`],
 //! and the caller that begins a copy keeps the lease until the copy has ended.
 #![expect(unsafe_code, reason = "exclusive slices of one mapping; argument above")]
 
@@ -86,7 +86,7 @@ impl Lease {
     }
 }
 
-/// Breaks the promise of a slab, to show that the test suite detects it.
+/// Breaks the slab's guarantee, to show that the test suite detects it.
 #[cfg(mutants)]
 impl Lease {
     pub(crate) fn return_early(&mut self) {
@@ -112,10 +112,10 @@ impl fmt::Debug for Lease {
     }
 }
 
-/// A slab with the bytes of a chunk, handed over to a storage.
+/// A slab with the bytes of a chunk, which a storage owns.
 ///
-/// Dropping it returns its memory to the arena, and nothing else does. So a storage that has given up waiting
-/// for a peer keeps it for as long as any thread may still read the bytes.
+/// Dropping the slab returns its memory to the arena, and nothing else does. So a storage that has given up
+/// waiting for a peer must keep the slab for as long as any thread may still read the bytes.
 #[derive(Debug)]
 pub struct Slab {
     lease: Lease,
@@ -162,7 +162,7 @@ mod models {
         loom::model(|| {
             let home = Arc::new(Signal::default());
             let pool = Arc::new(Pool::new(Mapping::new(4096).unwrap(), 4096, home.clone()));
-            // Only the lock of the free list orders the owners; loom checks that it is enough.
+            // Only the lock of the free list orders the owners. Loom checks that this is enough.
             let owner = Arc::new(loom::cell::UnsafeCell::new(0));
             let stager = |pool: Arc<Pool>, home: Arc<Signal>, owner: Arc<loom::cell::UnsafeCell<i32>>| {
                 let lease = home.wait_until(Instant::now(), || pool.try_lease()).unwrap();

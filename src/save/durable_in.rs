@@ -1,4 +1,4 @@
-//! The second durability of a save: in a tier behind the first.
+//! Durability of a save in a tier behind the first tier.
 
 use super::Save;
 use crate::completion::{Waiter, deadline_after};
@@ -14,13 +14,13 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 impl Save {
-    /// Returns a future that resolves when the step is durable in the tier `tier`, too. The save itself is a
-    /// future of durability in the first tier, and says nothing of others.
+    /// Returns a future that resolves when the step is also durable in the tier `tier`. The save itself is a
+    /// future of durability in the first tier only.
     ///
-    /// The future fails with the save's own error; with `Cancelled` if the save did not begin, or retention
-    /// deleted the step or the tier does not want it any more; with `Conflict` if another session owns the
-    /// tier or it has another attempt at the step; with `Deadline` if the executor was shut down before.
-    /// While the tier is away, the future waits.
+    /// The future fails with the save's own error; with `Cancelled` if the save did not begin, if retention
+    /// deleted the step, or if the tier does not want the step any more; with `Conflict` if another session
+    /// owns the tier, or if the tier has another attempt at the step; with `Deadline` if the executor was
+    /// shut down first. While the tier is unreachable, the future waits.
     pub fn durable_in(&self, tier: &str) -> DurableIn {
         let promotion = self.ticket.promotions().iter().find(|promotion| *promotion.tier == *tier);
         DurableIn {
@@ -45,9 +45,9 @@ impl DurableIn {
     /// Blocks the thread until the step is durable in the tier.
     ///
     /// # Errors
-    /// As [`Save::durable_in`]. `Deadline` when it is not after `timeout`: it goes on, and can be waited for
-    /// again. `Invalid`, at once, for a tier that the executor does not have, and in a function given to
-    /// [`Save::on_done`] or in a waker.
+    /// As [`Save::durable_in`]. `Deadline` when the step is not durable in the tier after `timeout`: the
+    /// promotion continues, and can be waited for again. `Invalid`, at once, for a tier that the executor
+    /// does not have, and for a call in a function given to [`Save::on_done`] or in a waker.
     pub fn wait(&self, timeout: Duration) -> Result<Promoted> {
         self.ticket.alive()?;
         let promoted = self.promoted.as_ref().ok_or_else(|| self.unknown())?;
@@ -64,14 +64,14 @@ impl DurableIn {
         promoted.cell().wait(deadline).ok_or_else(|| late("the step is not durable in the tier yet"))?
     }
 
-    /// Returns true if a wait would return at once. An error of the save is not observed by that.
+    /// Returns true if a wait would return at once. This does not observe an error of the save.
     pub fn is_done(&self) -> bool {
         let Some(promoted) = &self.promoted else { return true };
         let failed = || self.done.cell().get().is_some_and(|saved| !matches!(saved, Ok(Outcome::Durable(_))));
         promoted.cell().is_complete() || failed()
     }
 
-    /// The error of a save that is not durable in the first tier.
+    /// Returns an error if the save is not durable in the first tier.
     fn in_first_tier(&self, saved: Result<Outcome>) -> Result<()> {
         if saved.is_err() {
             self.ticket.observed.store(true, Ordering::Release);

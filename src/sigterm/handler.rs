@@ -1,17 +1,17 @@
 //! The signal handler: wakes the threads of the hooks, then calls the earlier handler. The default effect
 //! applies only if there is no hook.
 //!
-//! It is installed with the first hook and stays. Without a hook the signal has its earlier effect: it ends
-//! the program again, unless another handler is installed. The handler of signal-hook would also stay, but
-//! leave the signal without effect.
+//! The handler is installed with the first hook and stays installed. Without a hook the signal has its
+//! earlier effect: it ends the program again, unless another handler is installed. The handler of signal-hook
+//! would also stay installed, but would leave the signal without effect.
 //!
 //! # Safety argument
 //! The handler may interrupt any code, so it does only async-signal-safe things: atomic operations on
 //! statics, getpid(2), sigaction(2), a non-blocking send(2), a call of the earlier handler, and the default
 //! effect by a function made for handlers. It allocates nothing, takes no lock, cannot panic, and restores
 //! errno. A descriptor that it sends to is open: a dropped hook frees its slot and waits for running handlers
-//! before it closes its socket. It waits at most one second, so a thread that a debugger stops inside the
-//! handler for longer may send its byte to another socket.
+//! before it closes its socket. The hook waits at most one second, so a thread that a debugger stops inside
+//! the handler for longer may send its byte to another socket.
 #![expect(unsafe_code, reason = "sigaction, and a handler; argument above")]
 
 use signal_hook::consts::SIGTERM;
@@ -44,7 +44,8 @@ static PLAIN: AtomicUsize = AtomicUsize::new(libc::SIG_DFL);
 /// calls a handler of one kind as one of the other.
 static DETAILED: AtomicUsize = AtomicUsize::new(0);
 
-/// While it lives, the handler sends bytes to a socket. In a forked child it does nothing, even when dropped.
+/// While a hook lives, the handler sends bytes to its socket. In a forked child a hook does nothing, even
+/// when it is dropped.
 #[derive(Debug)]
 pub(super) struct Hook {
     slot: &'static AtomicU64,
@@ -52,7 +53,7 @@ pub(super) struct Hook {
 }
 
 impl Hook {
-    /// Makes the handler send [`SIGNAL`] to `wake` whenever the signal comes to this process.
+    /// Makes the handler send [`SIGNAL`] to `wake` whenever this process gets the signal.
     pub fn new(wake: &UnixStream) -> Result<Self> {
         let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
         let value = u64::from(std::process::id()) << 32 | u64::from(wake.as_raw_fd().cast_unsigned());
@@ -60,8 +61,8 @@ impl Hook {
         let slot = HOOKS.iter().find(free).ok_or_else(|| Error::other("there are too many hooks"))?;
         let there = current()?;
         let default = there.sa_sigaction == libc::SIG_DFL || there.sa_sigaction == libc::SIG_IGN;
-        // A handler installed over ours calls ours. Installing ours over it again would make them call each
-        // other forever.
+        // A handler installed over ours calls ours. Installing ours over it again would make the two call
+        // each other forever.
         if there.sa_sigaction != address() && (!*installed || default) {
             remember(&there);
             let (mut handler, mut replaced) = (there, there);
@@ -70,7 +71,7 @@ impl Hook {
             // SAFETY: `handle` may be called for a signal at any time; its mask is that of the earlier
             // handler.
             check(unsafe { libc::sigaction(SIGTERM, &handler, &mut replaced) })?;
-            // Another thread may have installed one after the call of `current`.
+            // Another thread may have installed a handler after the call of `current`.
             remember(&replaced);
             *installed = true;
         }
@@ -78,7 +79,7 @@ impl Hook {
         Ok(Self { slot, value })
     }
 
-    /// True if this process made it, and not its parent before a fork.
+    /// True if this process made the hook. False if its parent made it before a fork.
     pub fn is_ours(&self) -> bool {
         ours(self.value)
     }

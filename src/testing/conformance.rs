@@ -1,4 +1,4 @@
-//! Tests of what every storage back end must do, one named behaviour each.
+//! Tests of the behaviour that every storage back end must have, one named test per behaviour.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -21,7 +21,7 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// A behaviour: its name, and a function that panics on an empty storage without it.
+/// A behaviour: its name, and a function that panics if an empty storage lacks it.
 pub type Behaviour = (&'static str, fn(&Arc<dyn Storage>));
 
 /// Every behaviour.
@@ -83,7 +83,8 @@ fn write_shard(attempt: &dyn Writing, file: &str, bytes: &[u8], chunk: usize) {
     let slabs = chunks.len().div_ceil(2);
     let arena = Arena::quietly((slabs.max(1) * chunk) as u64, chunk as u64, &Host, Arc::default()).unwrap();
     let full = arena.free();
-    // Chunks finish in any order; the last one is padded. The storage gets every other one with its slab.
+    // Chunks finish in any order, and the last one is padded. The storage gets every second chunk with its
+    // slab.
     for (index, piece) in chunks.into_iter().rev() {
         let (offset, padded) = ((index * chunk) as u64, piece.len().next_multiple_of(ALIGNMENT));
         if index % 2 == 0 {
@@ -362,7 +363,8 @@ fn a_hint_is_no_step(storage: &Arc<dyn Storage>) {
 
 const OTHER: &str = "step-00000008";
 
-/// Makes the shard of an attempt out of `source`, or writes what a clone would be. Returns its bytes.
+/// Adopts `source` as the shard of an attempt, or writes the bytes that a clone would have. Returns these
+/// bytes.
 fn adopt(attempt: &dyn Writing, source: &dyn FileReading, adopts: bool) -> (Adopted, Vec<u8>) {
     let (linked, head) = (whole(source), pattern(9, ALIGNMENT));
     let cloned = [&head, &linked[ALIGNMENT..]].concat();
@@ -407,7 +409,7 @@ fn an_adopted_file_outlives_its_source(storage: &Arc<dyn Storage>) {
     storage.remove(NAME).unwrap();
     attempt.publish(false).unwrap();
     assert!(whole(&*storage.open(OTHER).unwrap().open(SHARD).unwrap()) == bytes);
-    // An attempt that is deleted takes nothing from its source either.
+    // Deleting an attempt must not change its source either.
     let source = storage.open(OTHER).unwrap().open(SHARD).unwrap();
     let abandoned = storage.begin("step-00000009", Attempt::new(), false).unwrap();
     adopt(&*abandoned, &*source, storage.adopts());

@@ -1,9 +1,9 @@
 //! System calls that fail on request.
 //!
-//! **Fault model.** One call, or every call from one on, reports an error: either before it does anything, or
-//! after it did all of its work (as when a server's answer is lost). Transfers can be short. close(2) never
-//! fails: fsync has already reported what it could report. The data lost by a failed fsync is not modelled
-//! here, but by the simulated file system.
+//! **Fault model.** One call, or every call from one call on, reports an error: either before it does
+//! anything, or after it did all of its work (as when a server's answer is lost). Transfers can be short.
+//! close(2) never fails, because fsync has already reported what close could report. The simulated file
+//! system, not this model, covers the data that a failed fsync loses.
 
 use crate::storage::local::sys::{Direct, Kind, Open, RawFd, Rename, Stat, Sys};
 use std::collections::BTreeMap;
@@ -50,7 +50,7 @@ pub enum Effect {
 /// A fault: a future call that fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// Which kind of call; any kind when `None`.
+    /// The kind of call; any kind when `None`.
     pub call: Option<Call>,
     /// How many calls of that kind succeed first.
     pub after: u64,
@@ -69,11 +69,11 @@ pub struct Logged {
     pub path: PathBuf,
     /// The target of a rename, a link or a clone.
     pub to: Option<PathBuf>,
-    /// True if it reported no error.
+    /// True if the call reported no error.
     pub ok: bool,
 }
 
-/// Code that runs just before a call, as another process might.
+/// Code that runs just before a call, as another process could run it.
 struct Before(Call, Box<dyn FnOnce() + Send>);
 
 impl std::fmt::Debug for Before {
@@ -92,7 +92,7 @@ struct State {
     held: Vec<Call>,
 }
 
-/// A [`Sys`] that adds faults and a log of its calls to another one.
+/// A [`Sys`] that wraps another one, and adds faults and a log of its calls.
 #[derive(Debug)]
 pub struct Faulty {
     inner: Arc<dyn Sys>,
@@ -101,7 +101,7 @@ pub struct Faulty {
     released: Condvar,
 }
 
-/// While this lives, calls of one kind wait.
+/// A guard: while it lives, calls of one kind wait.
 #[must_use = "calls wait until it is dropped"]
 #[derive(Debug)]
 pub struct HeldCalls<'a>(&'a Faulty, Call);
@@ -119,7 +119,7 @@ impl Faulty {
         Arc::new(Self { inner, syncing: true, state: Mutex::default(), released: Condvar::new() })
     }
 
-    /// Wraps `inner`, without faults and without real fsyncs: an fsync is logged and can fail, but otherwise
+    /// Wraps `inner`, without faults and without real fsyncs. An fsync is logged and can fail, but otherwise
     /// returns `Ok` at once. For tests that make thousands of saves and no power cut.
     pub fn unsynced(inner: Arc<dyn Sys>) -> Arc<Self> {
         Arc::new(Self { inner, syncing: false, state: Mutex::default(), released: Condvar::new() })
@@ -130,7 +130,7 @@ impl Faulty {
         self.state().faults.push(fault);
     }
 
-    /// Runs `other` just before the next call of this kind, as another process might.
+    /// Runs `other` just before the next call of this kind, as another process could do.
     pub fn interrupt(&self, call: Call, other: impl FnOnce() + Send + 'static) {
         self.state().before = Some(Before(call, Box::new(other)));
     }
@@ -140,13 +140,13 @@ impl Faulty {
         self.state().faults.clear();
     }
 
-    /// Makes calls of one kind wait, as on storage where they are slow.
+    /// Makes calls of one kind wait, as on slow storage.
     pub fn hold(&self, call: Call) -> HeldCalls<'_> {
         self.state().held.push(call);
         HeldCalls(self, call)
     }
 
-    /// Returns how many calls had a fault.
+    /// Returns how many calls a fault has hit.
     pub fn hits(&self) -> u64 {
         self.state().hits
     }

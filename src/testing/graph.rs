@@ -1,4 +1,4 @@
-//! Tests of what every graph [`Checkpointer`] must do, one named behaviour each.
+//! Tests of the behaviour that every graph [`Checkpointer`] must have, one named test per behaviour.
 //!
 //! ```
 //! use ashore::compat::graph::InMemory;
@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use uuid::Uuid;
 
-/// A state with values that are easily lost: non-finite floats, numeric keys, absent values.
+/// A state whose values are easily lost: non-finite floats, numeric keys, absent values.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
     /// Distinguishes samples.
@@ -30,7 +30,7 @@ pub struct Sample {
     pub option: Option<Option<u8>>,
 }
 
-/// A float that equals another with the same bits.
+/// A float that equals only floats with the same bits.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Bits(pub f64);
@@ -51,7 +51,7 @@ impl Sample {
     }
 }
 
-/// A behaviour: its name, and a function that panics on an empty checkpointer without it.
+/// A behaviour: its name, and a function that panics if an empty checkpointer lacks it.
 pub type Behaviour = (&'static str, fn(&dyn Checkpointer<Sample>));
 
 /// Every behaviour of a checkpointer.

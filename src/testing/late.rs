@@ -1,14 +1,14 @@
-//! A device whose copies run later, on a thread of their own, like those of a GPU.
+//! A device whose copies run later, on a separate thread, like the copies of a GPU.
 //!
-//! **Fault model.** A copy runs some time after it was queued, and reads its source then: memory that was
-//! written or freed meanwhile changes the bytes. Its destination contains poison from the moment of queuing.
-//! A copy or a completion event can fail when queued, or later; the error is sticky. A held device does
-//! nothing until it is released.
+//! **Fault model.** A copy runs some time after it was queued, and reads its source only then: if the memory
+//! was written or freed meanwhile, the copy gets changed bytes. Its destination contains poison from the
+//! moment of queuing. A copy or a completion event can fail when it is queued, or later. The error is sticky.
+//! A held device does nothing until it is released.
 //!
 //! # Safety argument
 //! Copies run under the contract of [`CopyQueue::copy`]: source and slab stay valid until a later completion
-//! event is reached, or until `quiesce` has returned true. The worker dereferences only pointers that are
-//! still queued, and a failure empties the queue.
+//! event is reached, or until `quiesce` has returned true. The worker dereferences only pointers of work that
+//! is still queued, and a failure empties the queue.
 #![expect(unsafe_code, reason = "late copies between memory that the contract keeps alive; argument above")]
 
 use crate::Builder;
@@ -59,7 +59,7 @@ struct State {
     work: VecDeque<Work>,
     delay: Duration,
     held: bool,
-    /// Copies that may still run while the device is held; every copy uses one. For tests of interleavings.
+    /// Copies that may still run while the device is held. Every copy uses one. For tests of interleavings.
     tickets: u64,
     queued: u64,
     copied: u64,
@@ -67,7 +67,7 @@ struct State {
     fail_when_queued: Option<u64>,
     fail_when_run: Option<u64>,
     failed: bool,
-    /// True while a queue exists; there is at most one.
+    /// True while a queue exists. There is at most one queue.
     queue: bool,
 }
 
@@ -215,7 +215,7 @@ fn broken(what: &str) -> Error {
     Error::new(ErrorKind::Device, format!("the late device failed while {what}"))
 }
 
-/// The worker thread: does one piece of work at a time, in order.
+/// The worker thread. It does one piece of work at a time, in order.
 fn work(shared: &LateState, progress: &Mutex<Progress>) {
     let mut state = shared.state();
     loop {
@@ -245,7 +245,7 @@ fn work(shared: &LateState, progress: &Mutex<Progress>) {
                 if !delay.is_zero() {
                     std::thread::sleep(delay);
                 }
-                // SAFETY: by the contract of `CopyQueue::copy`, no later event was reached, and `quiesce`
+                // SAFETY: under the contract of `CopyQueue::copy`, no later event was reached, and `quiesce`
                 // waits for `running`.
                 unsafe { std::ptr::copy_nonoverlapping(from, to, len) };
                 state = shared.state();

@@ -1,10 +1,11 @@
 //! Test tools for programs and back ends. Production code never runs them.
 //!
-//! [`conformance`] tests what every [`Storage`](crate::storage::Storage) must do, [`ranks`] what every
-//! [`Coordinator`](crate::ranks::Coordinator) and [`graph`] what every graph checkpointer must do.
-//! [`LateDevice`] copies later than it reports: [`LateDevice::under`] gives it to an executor. For this
-//! crate's own tests `Faulty` makes system calls fail below the local storage, `simfs` is a simulated file
-//! system below it that can crash, and `Recorded` writes down the calls that reach the real one.
+//! [`conformance`] tests the behaviour that every [`Storage`](crate::storage::Storage) must have, [`ranks`]
+//! that of every [`Coordinator`](crate::ranks::Coordinator), and [`graph`] that of every graph checkpointer.
+//! [`LateDevice`] makes its copies after the queuing call has returned; [`LateDevice::under`] gives it to an
+//! executor. This crate's own tests also use three tools below the local storage: `Faulty` makes system calls
+//! fail, `simfs` is a simulated file system that can crash, and `Recorded` records the calls that reach the
+//! real file system.
 
 mod block_on;
 pub mod conformance;

@@ -1,7 +1,7 @@
-//! Tests of what every coordinator must do, one named behaviour each.
+//! Tests of the behaviour that every coordinator must have, one named test per behaviour.
 //!
-//! Every behaviour is a function that all ranks run at once: in threads of one process, by [`run`], or in
-//! processes of their own, by [`run_rank`].
+//! Every behaviour is a function that all ranks run at once. [`run`] runs the ranks in threads of one
+//! process, [`run_rank`] in separate processes.
 //!
 //! ```
 //! use ashore::testing::ranks::{Kind, run};
@@ -17,34 +17,34 @@ use std::thread;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
-/// What a coordinator is made of, which decides what can be asked of it.
+/// The mechanism of a coordinator. It decides which behaviours the tests can demand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Kind {
-    /// A job of one rank.
+    /// A job with one rank.
     Alone,
-    /// Messages lie somewhere until they are read. A process can join as any rank.
+    /// Messages stay on a board until they are read. A process can join as any rank.
     Board,
-    /// Messages go from process to process. The ranks of processes are fixed.
+    /// Messages go from process to process. Each process has a fixed rank.
     Wired,
-    /// Every round is a collective. One that fails breaks the group.
+    /// Every round is a collective. A round that fails breaks the group.
     Collective,
 }
 
 impl Kind {
-    /// A message can be repeated, or missed, without harm to others.
+    /// A message can be repeated or missed without harm to other messages.
     fn is_mail(self) -> bool {
         matches!(self, Self::Board | Self::Wired)
     }
 
-    /// A process can say that it is any rank, and can come again.
+    /// A process can claim any rank, and can join again.
     fn has_free_seats(self) -> bool {
         matches!(self, Self::Board | Self::Collective)
     }
 }
 
-/// Makes the coordinator of a process, which says that it has the position given. The number is the process's
-/// own, from 0.
+/// Creates the coordinator of a process, which claims the given position. The number identifies the process,
+/// counted from 0.
 pub type Join = Arc<dyn Fn(u32, Member) -> Result<Arc<dyn Coordinator>> + Send + Sync>;
 
 /// One rank of a job that runs a behaviour.
@@ -57,7 +57,7 @@ pub struct Rank {
     join: Join,
 }
 
-/// A behaviour: its name, and a function that panics on a rank whose coordinator is without it.
+/// A behaviour: its name, and a function that panics on a rank whose coordinator lacks it.
 pub type Behaviour = (&'static str, fn(&Rank));
 
 /// Every behaviour.
@@ -99,8 +99,8 @@ pub fn run(kind: Kind, worlds: &[u32], mut group: impl FnMut() -> Join) {
     }
 }
 
-/// Tests every behaviour as one process of a job in which all others call this function, too. `token` is
-/// equal on all of them, and new.
+/// Tests every behaviour as one process of a job. All other processes of the job must call this function too.
+/// `token` is the same in all of them, and new.
 ///
 /// # Panics
 /// As [`run`].
@@ -111,7 +111,7 @@ pub fn run_rank(kind: Kind, member: Member, token: &str, join: &Join) {
     }
 }
 
-/// Long enough for a busy machine.
+/// A deadline that is long enough for a busy machine.
 fn patience() -> Instant {
     Instant::now() + Duration::from_secs(60)
 }
@@ -171,7 +171,7 @@ impl Rank {
         session
     }
 
-    /// A round in which every rank sends its text, and all are told that of rank 0.
+    /// A round in which every rank sends its text, and every rank receives the text of rank 0.
     fn round(&self, ranks: &dyn Coordinator, round: Round) {
         self.gather(ranks, round);
         self.tell(ranks, round);
@@ -195,15 +195,15 @@ impl Rank {
         assert_eq!(ranks.tell(round, message, patience()).unwrap(), told);
     }
 
-    /// A barrier, so that all ranks have done what comes before.
+    /// A barrier. After it all ranks have done the earlier work.
     fn all_here(&self, ranks: &dyn Coordinator, session: Session) {
         self.round(ranks, round(session, 1 << 40, Phase::Plan));
     }
 
-    /// Checks an error about ranks that are missing.
+    /// Checks an error that reports missing ranks.
     fn assert_missing(&self, error: &Error, missing: u32) {
         assert!(matches!(error.kind(), ErrorKind::Deadline | ErrorKind::Unavailable), "{error:?}");
-        // A busy machine makes others late, too.
+        // A busy machine delays other ranks too.
         let unknown = self.kind == Kind::Collective || self.kind == Kind::Wired && self.member.rank > 0;
         assert!(error.ranks().contains(&missing) || unknown && error.ranks().is_empty(), "{error:?}");
     }
@@ -288,7 +288,7 @@ fn a_rank_that_left_ends_a_wait(rank: &Rank) {
         let error = ranks.gather(at, b"", ok, Instant::now() + Duration::from_secs(2)).unwrap_err();
         assert!(error.ranks().contains(&rank.last()), "{error:?}");
     } else {
-        // A rank whose message rank 0 misses would be named, too.
+        // The error would also name a rank whose message rank 0 misses.
         ranks.gather(at, b"", &mut |_, _| ControlFlow::Continue(()), patience()).unwrap();
         thread::sleep(Duration::from_millis(2500));
     }
@@ -336,7 +336,7 @@ fn two_sessions_are_two(rank: &Rank) {
 fn another_save_is_another_round(rank: &Rank) {
     let ranks = rank.join();
     let session = rank.meet(&*ranks);
-    // The text of a rank contains the number of the save: that of another save would be noticed.
+    // The text of a rank contains the number of the save, so the test would notice the text of another save.
     for save in 0..20 {
         rank.round(&*ranks, round(session, save, Phase::Outcome));
     }
@@ -382,9 +382,9 @@ fn a_foreign_session_is_refused(rank: &Rank) {
     refused(session);
 }
 
-/// The last process and another one make a job that cannot be.
+/// The last process and another one ask for a job that is impossible.
 fn refused_with_both(rank: &Rank, ranks: &dyn Coordinator, other: u32) {
-    // A rank that is not concerned may come when all is over.
+    // A rank that is not involved may join when the test is over.
     let concerned = [0, other, rank.last()].contains(&rank.member.rank);
     let deadline = if concerned { patience() } else { Instant::now() + Duration::from_secs(2) };
     let error = rank.try_meet(ranks, deadline).unwrap_err();
@@ -406,7 +406,7 @@ fn a_rank_too_many_is_refused(rank: &Rank) {
     let Member { world, .. } = rank.member;
     let wrong = Member { rank: world, world: world + 1, local_rank: 0 };
     let ranks = rank.join_as(if rank.is_last() { wrong } else { rank.member });
-    // Every rank of a collective judges by itself.
+    // Every rank of a collective decides by itself.
     let one = if rank.kind == Kind::Collective && !rank.is_last() { rank.member.rank } else { 0 };
     refused_with_both(rank, &*ranks, one);
 }

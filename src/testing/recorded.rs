@@ -1,5 +1,5 @@
-//! A record of the system calls that change a file system, for a comparison of what a disk then holds with
-//! what the simulated file system predicts.
+//! Records the system calls that change a file system. A test then compares the contents of a disk with the
+//! prediction of the simulated file system.
 
 use crate::memory::Pages;
 use crate::storage::local::sys::{Direct, Kind, Open, RawFd, Rename, Stat, Sys};
@@ -26,7 +26,7 @@ pub(super) enum Done {
     Clone { from: RawFd, to: RawFd },
 }
 
-/// A call, and how long the log of the disk was before and after it.
+/// A call, and the length of the disk's log before and after it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
     pub(super) process: u32,
@@ -36,10 +36,10 @@ pub struct Record {
 }
 
 impl Record {
-    /// Reads a file that one or more [`Recorded`] have written.
+    /// Reads a file that one or more instances of [`Recorded`] have written.
     ///
     /// # Errors
-    /// `InvalidData` where the file does not hold records.
+    /// `InvalidData` if the file does not hold records.
     pub fn read(file: &Path) -> io::Result<Vec<Self>> {
         let bytes = std::fs::read(file)?;
         let (mut rest, mut records) = (&bytes[..], Vec::new());
@@ -52,8 +52,8 @@ impl Record {
     }
 }
 
-/// A [`Sys`] that records the calls of another one: in their order, because one call of all processes that
-/// write to the same file runs at a time.
+/// A [`Sys`] that records the calls of another one, in order. Only one call at a time runs among all
+/// processes that write to the same file.
 #[derive(Debug)]
 pub struct Recorded {
     inner: Arc<dyn Sys>,
@@ -62,11 +62,11 @@ pub struct Recorded {
 }
 
 impl Recorded {
-    /// Records the calls that `inner` makes at the end of `file`. `disk` is the log of the disk, to which its
-    /// driver appends every write before it answers.
+    /// Records the calls that `inner` makes at the end of `file`. `disk` is the log of the disk. The disk's
+    /// driver appends every write to it before it answers.
     ///
     /// # Errors
-    /// Those of opening `file`.
+    /// The errors of opening `file`.
     pub fn new(inner: Arc<dyn Sys>, file: &Path, disk: &Path) -> io::Result<Self> {
         let file = File::options().append(true).create(true).open(file)?;
         Ok(Self { inner, file: Mutex::new(file), disk: disk.to_owned() })
@@ -74,7 +74,7 @@ impl Recorded {
 
     fn record<T>(&self, call: impl FnOnce() -> io::Result<T>, done: impl FnOnce(&T) -> Done) -> io::Result<T> {
         let file: MutexGuard<'_, File> = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        // The lock of the file orders processes, the mutex the threads of this one.
+        // The lock of the file orders processes; the mutex orders the threads of this process.
         file.lock()?;
         let position = || self.disk.metadata().map(|disk| disk.len());
         let began = position()?;
@@ -84,7 +84,7 @@ impl Recorded {
             (&*file).write_all(&postcard::to_allocvec(&record).map_err(invalid)?)
         });
         file.unlock()?;
-        // A record with a gap would blame the file system for it.
+        // A record with a gap would make the file system look faulty.
         written.expect("the record of system calls is written");
         result
     }

@@ -1,5 +1,5 @@
-//! Threads of this library: named, deaf to a signal that is not for them, and as polite as they are told to
-//! be.
+//! Threads of this library. Each has a name, blocks a signal that is not meant for it, and runs at the CPU
+//! and I/O priority that it is given.
 
 mod priority;
 mod signals;
@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use signals::outlive_file_limits;
 use std::thread::JoinHandle;
 
-/// Starts a named thread, in which a limit for the size of files is an error as any other.
+/// Starts a named thread. In it, a write beyond the file size limit is an ordinary error.
 ///
 /// # Errors
 /// `Busy` when the system has no more threads.

@@ -1,8 +1,8 @@
 //! CPU and I/O priority of a thread.
 //!
 //! # Safety argument
-//! Both calls affect only the calling thread. The only memory of ours that they touch is a local value that
-//! outlives them.
+//! Both calls affect only the calling thread. The only memory of this crate that they touch is a local value
+//! that outlives them.
 #![expect(unsafe_code, reason = "two system calls without safe bindings")]
 
 use crate::settings::Priority;
@@ -12,7 +12,7 @@ const NICE: i32 = 10;
 const THIS_THREAD: i32 = 1;
 const BEST_EFFORT: i32 = 2 << 13 | 7;
 
-/// Gives the calling thread `priority`. Best effort: a refusal is logged.
+/// Gives the calling thread `priority`. This is best effort: a refusal is logged.
 pub(crate) fn adopt(priority: Priority) {
     if priority == Priority::Normal {
         return;

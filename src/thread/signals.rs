@@ -1,11 +1,11 @@
 //! Blocks signals in the threads of this library.
 //!
 //! # Safety argument
-//! The set is a local value, and the call that makes it empty writes it before anything reads it. Only the
+//! The set is a local value, and the call that empties it writes it before anything reads it. Only the signal
 //! mask of the calling thread changes.
 #![expect(unsafe_code, reason = "system calls without safe bindings; argument above")]
 
-/// Makes a write of the calling thread beyond `RLIMIT_FSIZE` an error instead of the end of the process.
+/// Makes a write of the calling thread beyond `RLIMIT_FSIZE` return an error instead of ending the process.
 pub(crate) fn outlive_file_limits() {
     let mut set = std::mem::MaybeUninit::uninit();
     // SAFETY: see the module.

@@ -1,4 +1,4 @@
-//! What a save tells of its end, and how long it blocked its callers.
+//! Reports the end of a save, and how long the save blocked its callers.
 
 use super::Ticket;
 use crate::error::{Error, ErrorKind, Result};
@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
-/// The most characters of an error that a line has.
+/// The maximum number of characters of an error in a line.
 const WHY_MAX: usize = 200;
 
 impl Ticket {
-    /// Sets what is told how the save ended. The first call decides.
+    /// Sets the telemetry that receives the end of the save. The first call decides.
     pub fn tell_to(&self, telemetry: Arc<Telemetry>) {
         if let Some(trace) = telemetry.begin(self.step, self.began) {
             _ = self.trace.set(trace);
@@ -20,7 +20,7 @@ impl Ticket {
         _ = self.telemetry.set(telemetry);
     }
 
-    /// What is told of an end with `result`; None if nothing wants to know, or the save has ended before.
+    /// The line that reports an end with `result`. None if no telemetry is set, or the save has ended before.
     pub(super) fn line(&self, result: &Result<Outcome>) -> Option<SaveLine> {
         self.telemetry.get()?;
         if self.done.is_complete() {
@@ -64,15 +64,15 @@ impl Ticket {
         })
     }
 
-    /// Tells of the end, if this call has ended the save.
+    /// Reports the end, if this call has ended the save.
     pub(super) fn tell(&self, line: Option<SaveLine>, ended: bool) {
         if let (Some(telemetry), Some(line), true) = (self.telemetry.get(), line, ended) {
             telemetry.tell(line, self.traced());
         }
     }
 
-    /// Counts a call of `save` that has blocked its caller since `began`, and `queue` of that for earlier
-    /// saves.
+    /// Counts a call of `save` that has blocked its caller since `began`. Of that time, the call waited
+    /// `queue` for earlier saves.
     pub fn add_call(&self, began: Instant, queue: Duration) {
         let call = began.elapsed();
         self.times.call.add(call);

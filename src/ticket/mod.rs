@@ -1,10 +1,10 @@
-//! The ticket: the state of one save that all stages share, which is its identity, phase, progress, first
-//! failure and completions.
+//! The ticket: the state of one save that all stages share. This state is the save's identity, phase,
+//! progress, first failure and completions.
 //!
 //! **Completion.** `staged` resolves when no live source will be read any more and the sources are dropped,
-//! however the save ended; `done` resolves once.
-//! **Failure.** The first error wins. Once the publish has begun, a failure can no longer undo it: `fail` is
-//! refused, and a deadline that passes then is `Indeterminate`.
+//! however the save ended. `done` resolves once.
+//! **Failure.** The first error wins. Once the publish has begun, a failure can no longer undo the save:
+//! `fail` is refused, and a deadline that passes then is `Indeterminate`.
 
 mod ending;
 mod source_gate;
@@ -31,27 +31,29 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub(crate) struct Ticket {
     pub step: u64,
-    /// The latest attempt of a save that is tried again.
+    /// The latest attempt of a save that is retried.
     attempt: Mutex<Attempt>,
     pub began: Instant,
     pub deadline: Instant,
     /// How long after the deadline the stager waits for another thread to end the save.
     pub grace: Duration,
-    /// What the save contains, once that is known.
+    /// The contents of the save, once they are known.
     extent: OnceLock<Extent>,
-    /// The state of a deferred save is claimed, so that no other save supersedes it; or another save has.
+    /// True once the state of a deferred save is claimed, so that no other save supersedes this one, or once
+    /// another save has superseded it.
     pub awaited: AtomicBool,
-    /// All ranks save it, so that no other save supersedes it; or another save has.
+    /// True once all ranks save this save, so that no other save supersedes it, or once another save has
+    /// superseded it.
     pub agreed: AtomicBool,
-    /// The list of saves in flight has it.
+    /// True if the save is in the list of saves in flight.
     pub listed: AtomicBool,
-    /// How many chunks have been queued: nothing more is read on the host once all are.
+    /// How many chunks have been queued. Once all are queued, nothing more is read on the host.
     pub queued: AtomicUsize,
-    /// Notified when one more chunk is queued, or none will be.
+    /// Notified when one more chunk is queued, or when no more will be queued.
     pub moved: Signal,
-    /// A thread waits until this many chunks are queued; until then more copies than usual may be in flight.
+    /// A thread waits until this many chunks are queued. Until then more copies than usual may be in flight.
     pub needed: AtomicUsize,
-    /// Later writers wait for this save's copies.
+    /// True if later writers wait for this save's copies.
     pub fenced: AtomicBool,
     pub sources: SourceGate,
     pub staged: sync::Arc<Completion<Result<()>>>,
@@ -64,24 +66,24 @@ pub(crate) struct Ticket {
     pub times: Times,
     /// A device did not make the requested digests, so a forgotten fence would not be detected.
     pub digests_missing: AtomicBool,
-    /// Some handle or call has seen how it ended.
+    /// Some handle or call has seen how the save ended.
     pub observed: AtomicBool,
-    /// When it becomes durable in each tier behind the first, by the name of the tier.
+    /// The end of the promotion to each tier behind the first, with the name of the tier.
     promotions: OnceLock<Vec<Promotion>>,
     state: Mutex<State>,
-    /// Wait guards: streams wait for its copies while it keeps them.
+    /// Wait guards. Streams wait for the save's copies while the ticket keeps them.
     wait_guards: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
     signal: Arc<Signal>,
     calls: Arc<CallThread>,
-    /// Is told how the save ended; unset if nothing wants to know.
+    /// The telemetry that is told how the save ended. Unset if there is none.
     telemetry: OnceLock<Arc<Telemetry>>,
-    /// What its threads do; unset unless saves are traced.
+    /// The trace of what the save's threads do. Unset unless saves are traced.
     trace: OnceLock<SaveTrace>,
-    /// The process that made it: in a forked child the save never makes progress.
+    /// The process that created the ticket. In a forked child the save never makes progress.
     origin: ForkGuard,
 }
 
-/// The end of a promotion, which the thread of the tier sets.
+/// The end of a promotion. The thread of the tier sets it.
 #[derive(Clone, Debug)]
 pub(crate) struct Promotion {
     pub tier: Arc<str>,
@@ -92,7 +94,7 @@ pub(crate) struct Promotion {
 #[derive(Debug)]
 enum State {
     Running(Phase),
-    /// Failed in this phase; `Ended` once its threads are done with it.
+    /// The save failed in this phase. The phase is `Ended` once the save's threads are done with it.
     Failed {
         phase: Phase,
         error: Error,
@@ -117,31 +119,31 @@ pub(crate) struct Issue {
     pub grace: Duration,
 }
 
-/// Where a checkpoint gets its name.
+/// The directory and name of a checkpoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Place {
-    /// The directory that gets it; None: the root of the executor.
+    /// The directory that gets the checkpoint. None means the root of the executor.
     pub parent: Option<PathBuf>,
     pub name: String,
 }
 
-/// What a save contains.
+/// The contents of a save.
 #[derive(Debug, Default)]
 pub(crate) struct Extent {
     pub chunks: usize,
-    /// The streams that wrote the tensors of devices.
+    /// The streams that wrote the device tensors.
     pub streams: Vec<DeviceStream<'static>>,
     pub bytes: u64,
-    /// Some source can be written while it is read: a later save without a fence in between is refused.
+    /// Some source can be written while it is read, so a later save without a fence in between is refused.
     pub writable: bool,
     pub over_budget: usize,
-    /// Nothing can write the sources, which are kept until the save has ended, for another attempt; or there
-    /// are none yet.
+    /// Nothing can write the sources, and they are kept until the save has ended, for another attempt. Also
+    /// true while there are no sources.
     pub kept: bool,
     pub place: Place,
 }
 
-/// The extent of a save whose state has not arrived: a fence has nothing to wait for.
+/// The extent of a save whose state has not arrived. A fence has nothing to wait for.
 static NOTHING_YET: Extent = Extent {
     chunks: 0,
     streams: Vec::new(),
@@ -153,7 +155,7 @@ static NOTHING_YET: Extent = Extent {
 };
 
 impl Ticket {
-    /// `signal` wakes the stager; `calls` runs functions that no other thread may call.
+    /// Creates a ticket. `signal` wakes the stager. `calls` runs functions that no other thread may call.
     pub fn new(issue: Issue, began: Instant, signal: Arc<Signal>, calls: Arc<CallThread>) -> Self {
         let Issue { step, attempt, deadline, grace } = issue;
         let zero = || AtomicU64::new(0);
@@ -193,17 +195,17 @@ impl Ticket {
         }
     }
 
-    /// What the save contains: nothing while that is not known.
+    /// The contents of the save. Empty while they are not known.
     pub fn extent(&self) -> &Extent {
         self.extent.get().unwrap_or(&NOTHING_YET)
     }
 
-    /// Whether its state has not arrived yet.
+    /// Whether the state of the save has not arrived yet.
     pub fn is_deferred(&self) -> bool {
         self.extent.get().is_none()
     }
 
-    /// Sets what the save contains. Called once.
+    /// Sets the contents of the save. Called once.
     pub fn begin(&self, extent: Extent) {
         let known = self.extent.set(extent);
         debug_assert!(known.is_ok(), "a save began twice");
@@ -216,7 +218,7 @@ impl Ticket {
         debug_assert!(known.is_ok(), "a save got its tiers twice");
     }
 
-    /// The tiers that will have the step; none for a save that is no step of the root.
+    /// The tiers that will have the step. Empty for a save that is no step of the root.
     pub fn promotions(&self) -> &[Promotion] {
         self.promotions.get().map_or(&[], Vec::as_slice)
     }
@@ -231,7 +233,7 @@ impl Ticket {
 
     pub fn progress(&self) -> Progress {
         Progress {
-            // A waiter is woken before the phase changes and may ask at once.
+            // A waiter is woken before the phase changes, and may ask for the phase at once.
             phase: if self.done.is_complete() { Phase::Ended } else { self.phase() },
             bytes: self.extent().bytes,
             staged: self.bytes_staged.load(Ordering::Relaxed),
@@ -239,7 +241,7 @@ impl Ticket {
         }
     }
 
-    /// Moves forward to `phase`; false when the save has failed or is not before that phase.
+    /// Moves forward to `phase`. Returns false when the save has failed or is not before that phase.
     pub fn enter(&self, phase: Phase) -> bool {
         let mut state = lock(&self.state);
         let forward = matches!(*state, State::Running(before) if before < phase);
@@ -260,13 +262,13 @@ impl Ticket {
         }
     }
 
-    /// Fails the save, unless it failed before or its publish has begun. Returns whether it did.
+    /// Fails the save, unless it failed before or its publish has begun. Returns whether this call failed it.
     pub fn fail(&self, error: Error) -> bool {
         self.fail_as(error, false)
     }
 
-    /// Fails the save as [`Ticket::fail`] does. `seen`: the caller knows of the failure, and no other thread
-    /// may find it unobserved in between.
+    /// Fails the save as [`Ticket::fail`] does. `seen` means that the caller knows of the failure, so that no
+    /// other thread may find the failure unobserved in between.
     pub fn fail_as(&self, error: Error, seen: bool) -> bool {
         let failed = self.fail_with(&mut lock(&self.state), error, seen);
         if failed {
@@ -278,8 +280,8 @@ impl Ticket {
     fn fail_with(&self, state: &mut State, error: Error, seen: bool) -> bool {
         let (phase, first) = match state {
             State::Running(phase) => (*phase, true),
-            // A transient error gives way to a cancellation or the deadline: otherwise the save would be
-            // tried again.
+            // A cancellation or the deadline replaces a transient error, because the save would otherwise be
+            // retried.
             State::Failed { phase, error: there } => {
                 (*phase, self.extent().kept && there.is_transient() && !error.is_transient())
             }
@@ -301,8 +303,8 @@ impl Ticket {
         self.moved.notify();
     }
 
-    /// Begins `attempt`, after one that failed with a transient error and left nothing behind. False for a
-    /// save that has been given up.
+    /// Begins `attempt`, after an attempt that failed with a transient error and left nothing behind. Returns
+    /// false for a save that has been given up.
     pub fn try_again(&self, attempt: Attempt) -> bool {
         let mut state = lock(&self.state);
         let lasts = matches!(&*state, State::Failed { error, .. } if !error.is_transient());
@@ -322,21 +324,21 @@ impl Ticket {
         true
     }
 
-    /// Fails the save with `why` and resolves it at once, whatever blocks its threads. None when it had
-    /// ended.
+    /// Fails the save with `why` and resolves it at once, whatever blocks its threads. Returns None when the
+    /// save had ended.
     pub fn give_up(&self, why: Error) -> Option<Calls<Result<Outcome>>> {
         loop {
-            // Fail first: streams that wait for its copies go on before `done` resolves.
+            // Fail first: streams that wait for the save's copies then continue before `done` resolves.
             if self.fail_with(&mut lock(&self.state), why.clone(), false) {
                 self.tell_failed();
             }
-            // The end is set under this lock too, after which the save is not tried again.
+            // The end is set under this lock too. After that, the save is not retried.
             let state = lock(&self.state);
             let error = match &*state {
-                // Another attempt was begun meanwhile.
+                // Another attempt began meanwhile.
                 State::Running(phase) if *phase < Phase::Promised => continue,
                 State::Failed { error, .. } => error.clone(),
-                // How the publish ends is not known yet.
+                // The result of the publish is not known yet.
                 State::Running(_) | State::Ended => {
                     let why = "the save was given up when its publish could no longer be stopped";
                     Error::new(ErrorKind::Indeterminate, why).with_step(self.step)
@@ -351,9 +353,10 @@ impl Ticket {
         }
     }
 
-    /// Ends the save. None when it had been given up.
+    /// Ends the save. Returns None when the save had been given up.
     pub fn finish(&self, result: Result<Outcome>) -> Option<Calls<Result<Outcome>>> {
-        // A save that might have been tried again may have been cancelled, or its deadline passed, meanwhile.
+        // A save that could have been retried may have been cancelled meanwhile, or its deadline may have
+        // passed.
         let last = |e: Error| match self.failure() {
             Some(last) if self.extent().kept && e.is_transient() => last,
             _ => e,
@@ -376,8 +379,8 @@ impl Ticket {
         calls
     }
 
-    /// Wakes tasks in this thread and makes the call thread call functions, which would delay the stager, a
-    /// `save` or a `cancel`.
+    /// Wakes tasks in this thread, and makes the call thread call the functions, because these would delay
+    /// the stager, a `save` or a `cancel`.
     pub fn hand_over(&self, calls: Option<Calls<Result<Outcome>>>) {
         calls.into_iter().for_each(|calls| self.calls.hand(calls));
     }
@@ -388,7 +391,8 @@ impl Ticket {
         alive.map_err(|forked| forked.with_step(self.step))
     }
 
-    /// Refuses a wait in a thread of the executor, which may be the one that has to end the save.
+    /// Refuses a wait in a thread of the executor, because that thread may be the one that has to end the
+    /// save.
     pub fn may_wait(&self) -> Result<()> {
         if !own_threads::is_one_of(&self.signal) {
             return Ok(());
@@ -402,7 +406,7 @@ impl Ticket {
         let nanos = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.staged_nanos.store(nanos, Ordering::Relaxed);
         self.sources.set_dropped();
-        // Another attempt may read the sources of a failed save, until the save has ended.
+        // If the save failed, another attempt may read its sources, until the save has ended.
         if !self.extent().kept || !self.failed() || self.done.is_complete() {
             self.staged.complete(self.failure().map_or(Ok(()), Err));
         }
@@ -414,8 +418,8 @@ impl Ticket {
     /// Keeps a wait guard until the save has failed or is staged.
     pub fn keep_wait_guard(&self, guard: Arc<dyn Any + Send + Sync>) {
         lock(&self.wait_guards).push(guard);
-        // The thread that fails or releases the save sets that state before it drops the guards, and may have
-        // missed this one.
+        // The thread that fails or releases the save sets that state before it drops the guards. It may have
+        // missed this guard.
         if self.failed() || self.staged.is_complete() {
             self.drop_wait_guards();
         }
@@ -432,12 +436,13 @@ impl Ticket {
         self.moved.notify();
     }
 
-    /// Waits until all chunks are queued, or no more will be. False at the deadline.
+    /// Waits until all chunks are queued, or no more will be queued. Returns false at the deadline.
     pub fn wait_queued(&self, deadline: Instant) -> bool {
         self.wait_until_queued(self.extent().chunks, deadline)
     }
 
-    /// Waits until the first `count` chunks are queued, or no more will be. False at the deadline.
+    /// Waits until the first `count` chunks are queued, or no more will be queued. Returns false at the
+    /// deadline.
     pub fn wait_until_queued(&self, count: usize, deadline: Instant) -> bool {
         if self.needed.fetch_max(count, Ordering::AcqRel) < count {
             self.signal.notify();

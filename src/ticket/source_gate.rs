@@ -1,20 +1,21 @@
-//! The gate of a save's sources: they are live, then their release is requested, then they are dropped.
+//! The gate of a save's sources. They are live, then their release is requested, then they are dropped.
 //!
-//! A thread reads a source, or queues a copy from it, under the lock of reading. A thread that has made sure
-//! that no further read is decided takes that lock once, and then knows that no read runs.
+//! A thread reads a source, or queues a copy from it, under the lock of reading. A thread first makes sure
+//! that no thread starts another read. It then takes that lock once, after which it knows that no read is
+//! running.
 
 use crate::completion::{Signal, deadline_after};
 use crate::sync::{Mutex, MutexGuard, lock};
 use std::time::Duration;
 
-/// The state of the sources. It goes one way only, except for another attempt.
+/// The state of the sources. It only moves forward, except for another attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum State {
     Live,
-    /// The stager must drop the borrowed sources at once: nothing more is queued from them, and streams wait
+    /// The stager must drop the borrowed sources at once. Nothing more is queued from them, and streams wait
     /// for queued copies.
     ReleaseRequested,
-    /// Dropped, which may be before the save is staged.
+    /// The sources are dropped. This may happen before the save is staged.
     Dropped,
 }
 
@@ -42,12 +43,12 @@ impl SourceGate {
         self.changed.notify();
     }
 
-    /// Takes the lock under which a source is read or a copy from it is queued.
+    /// Takes the lock under which a thread reads a source or queues a copy from it.
     pub fn read(&self) -> MutexGuard<'_, ()> {
         lock(&self.reading)
     }
 
-    /// Waits for a read that was decided.
+    /// Waits for a read that has been decided on.
     pub fn await_read(&self) {
         drop(self.read());
     }
@@ -60,7 +61,7 @@ impl SourceGate {
         self.state() == State::Live
     }
 
-    /// Whether the sources must be dropped, and are not yet.
+    /// Whether the sources must be dropped, and are not dropped yet.
     pub fn release_is_requested(&self) -> bool {
         self.state() == State::ReleaseRequested
     }
@@ -70,7 +71,7 @@ impl SourceGate {
         self.advance(State::Dropped);
     }
 
-    /// Makes the sources live again, for another attempt for which they were kept.
+    /// Makes the sources, which were kept for another attempt, live again.
     pub(super) fn renew(&self) {
         *lock(&self.state) = State::Live;
     }
@@ -79,7 +80,7 @@ impl SourceGate {
         self.state() == State::Dropped
     }
 
-    /// Blocks until the sources are dropped: only for waits that soundness forbids to cut short.
+    /// Blocks until the sources are dropped. Only for waits that must not be cut short, for soundness.
     pub fn wait_until_dropped(&self) {
         let dropped = || self.is_dropped().then_some(());
         while self.changed.wait_until(deadline_after(Duration::MAX), dropped).is_none() {}

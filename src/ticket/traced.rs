@@ -1,11 +1,11 @@
-//! What the threads of a save add to its trace, if there is one.
+//! The threads of a save add their work to its trace, if the save is traced.
 
 use super::Ticket;
 use crate::telemetry::{EndedSave, Span, Thread, Work, fence_begin};
 use std::time::Instant;
 
 impl Ticket {
-    /// Whether the save is traced: times that only a trace needs are then taken.
+    /// Whether the save is traced. If so, threads also record the times that only a trace needs.
     pub fn is_traced(&self) -> bool {
         self.trace.get().is_some()
     }
@@ -15,16 +15,15 @@ impl Ticket {
         self.is_traced().then(Instant::now)
     }
 
-    /// Adds to the trace what the calling thread has done since `begin`. The save is traced if there is a
-    /// `begin`.
+    /// Adds the calling thread's work since `begin` to the trace. The save is traced if there is a `begin`.
     pub fn trace(&self, work: Work, begin: Option<Instant>) {
         if let Some(begin) = begin {
             self.trace_part(work, (begin, Instant::now()), None, 0);
         }
     }
 
-    /// Adds to the trace what was done from the first time to the second one, with `bytes` of the chunk or
-    /// file of this number.
+    /// Adds work between the first time and the second to the trace, with `bytes` of the chunk or file of
+    /// this number.
     pub fn trace_part(&self, work: Work, (begin, end): (Instant, Instant), number: Option<usize>, bytes: u64) {
         let (Some(trace), Some(telemetry)) = (self.trace.get(), self.telemetry.get()) else { return };
         let begin = if work == Work::Fence { fence_begin(begin, end) } else { begin };

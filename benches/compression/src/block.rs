@@ -1,22 +1,22 @@
-//! Codes a block by a scheme: a transform, a coder, and the planes that are worth coding.
+//! Codes a block by a scheme: a transform, a coder, and the choice of the planes that are worth coding.
 //!
-//! A coded block is the lengths of its planes, four bytes each, and the planes. A plane of unchanged length
-//! is stored raw.
+//! A coded block consists of the lengths of its planes, four bytes each, and the planes. A plane whose length
+//! is unchanged is stored raw.
 
 use crate::coder::{Code, Coder};
 use crate::memory::Aligned;
 use crate::planes::Transform;
 use std::fmt;
 
-/// The unit of coding: with its planes and the coder's tables it fits the second-level cache.
+/// The unit of coding. With its planes and the coder's tables it fits the second-level cache.
 pub const BLOCK: usize = 256 << 10;
 
-/// By how much a coded block is longer than its raw bytes at most.
+/// The maximum number of bytes by which a coded block is longer than its raw bytes.
 pub const OVERHEAD_MAX: usize = 4 * LENGTH;
 
 const LENGTH: usize = 4;
 
-/// A plane must shrink at least to this to be worth its time.
+/// A plane is worth coding only if it shrinks at least to this share of its length.
 const WORTH: f64 = 0.98;
 
 /// How many blocks are coded to find the planes that are worth coding.
@@ -32,7 +32,7 @@ pub struct Scheme {
 }
 
 impl Scheme {
-    /// Decides from some blocks of the data which planes to code: storing planes that do not shrink saves
+    /// Decides from some blocks of the data which planes to code. Storing planes that do not shrink saves
     /// most of the time.
     pub fn probed(transform: Transform, code: Code, width: usize, raw: &[u8], last: Option<&[u8]>) -> Self {
         let all = Self { transform, code, width, coded: u8::MAX };
@@ -91,7 +91,7 @@ impl Codec {
         };
         let each = raw.len() / count;
         let planes = &mut self.planes[..raw.len()];
-        // One plane needs no splitting: it is coded, or stored, from the raw block.
+        // A single plane needs no splitting: it is coded, or stored, from the raw block.
         if count > 1 {
             let mut planes: Vec<&mut [u8]> = planes.chunks_mut(each).collect();
             transform.split(raw, width, &mut planes);
@@ -113,7 +113,7 @@ impl Codec {
         end
     }
 
-    /// Fills `raw` with what `coded` was made from.
+    /// Fills `raw` with the bytes from which `coded` was made.
     pub fn decode(&mut self, coded: &[u8], last: Option<&[u8]>, raw: &mut [u8]) {
         let Scheme { transform, width, .. } = self.scheme;
         let count = transform.planes(width);

@@ -1,5 +1,5 @@
-//! The coders under study, each at one setting, behind one interface: from a slice into a slice, with no
-//! state that outlives a block.
+//! The coders under study, each at one setting, behind one interface. A coder codes from a slice into a
+//! slice, with no state that outlives a block.
 
 use pco::standalone::{simple_compress_into, simple_decompress_into};
 use pco::{ChunkConfig, DeltaSpec, ModeSpec};
@@ -14,7 +14,7 @@ pub enum Code {
     Zstd(i32),
     /// zstd that looks for almost no matches and Huffman-codes every literal.
     Huffman,
-    /// Bins with tANS, level 0 to 12. Takes elements, not planes.
+    /// Bins with tANS, level 0 to 12. This coder takes elements, not planes.
     Pco(usize),
 }
 
@@ -62,7 +62,7 @@ impl Coder {
         Self::Zstd(Box::new((compressor, Decompressor::new().expect("memory"))))
     }
 
-    /// Codes into `out` and returns the length; `None` when it does not fit.
+    /// Codes into `out` and returns the coded length; `None` when the output does not fit.
     pub fn encode(&mut self, raw: &[u8], out: &mut [u8]) -> Option<usize> {
         match self {
             Self::Lz4 => lz4_flex::block::compress_into(raw, out).ok(),

@@ -1,4 +1,4 @@
-//! Measures how fast blocks are coded: passes over a window of memory, by one thread or several.
+//! Measures how fast blocks are coded, in passes over a window of memory, by one thread or several.
 
 use crate::block::{BLOCK, Codec, Scheme};
 use crate::data::Kind;
@@ -36,7 +36,7 @@ impl Window {
     }
 }
 
-/// One scheme over one window, with the laps so far.
+/// One scheme over one window, with the laps measured so far.
 pub struct Trial<'a> {
     window: &'a Window,
     pub scheme: Scheme,
@@ -49,7 +49,7 @@ pub struct Trial<'a> {
 
 struct Worker {
     codec: Codec,
-    /// As large as one write, and used from start to end, as a program would.
+    /// As large as one write, and used from start to end, as a program would use it.
     out: Aligned,
     at: usize,
 }
@@ -85,7 +85,7 @@ impl<'a> Trial<'a> {
         trial
     }
 
-    /// One pass of coding and one of decoding.
+    /// Runs one pass of coding and one of decoding.
     pub fn lap(&mut self) {
         let window = self.window;
         let encode = |worker: &mut Worker, i| {

@@ -1,5 +1,5 @@
-//! The data to compress: the state of a trained model from two checkpoints of the demo, and noise whose only
-//! structure is its distribution.
+//! The data to compress: the state of a trained model from two checkpoints of the demo, and noise that has no
+//! structure except its distribution.
 
 use half::bf16;
 use safetensors::SafeTensors;
@@ -19,7 +19,7 @@ pub struct Kind {
 
 const NOISE_ELEMENTS: usize = 8 << 20;
 
-/// Weights, first and second moments as the demo trained them, from the newest two steps in `root`.
+/// Weights, first moments and second moments as the demo trained them, from the newest two steps in `root`.
 pub fn trained(root: &Path) -> Result<Vec<Kind>, Box<dyn Error>> {
     let [last, newest] = newest_two(root)?;
     let (last, newest) = (std::fs::read(last)?, std::fs::read(newest)?);
@@ -84,7 +84,7 @@ impl Noise {
         (-2.0 * self.uniform().ln()).sqrt() * (TAU * self.uniform()).cos()
     }
 
-    /// Above 0, at most 1.
+    /// A number above 0 and at most 1.
     fn uniform(&mut self) -> f64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);

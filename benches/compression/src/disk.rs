@@ -1,4 +1,4 @@
-//! The disk's own limit: fresh files, written past the page cache, then one fsync.
+//! The limit of the disk alone: fresh files, written past the page cache, then one fsync.
 
 use crate::memory::{ALIGNMENT, Aligned};
 use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, open};
@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 /// The length of one write.
 pub const WRITE: usize = 8 << 20;
 
-/// Writes in flight. Enough that the disk always has one while a writer waits for a core.
+/// Writes in flight. This is enough that the disk always has a write while a writer waits for a core.
 pub const WRITERS: usize = 4;
 
-/// Creates a file without a name, so that nothing stays behind however the program ends.
+/// Creates a file without a name, so that no file stays behind, however the program ends.
 pub fn fresh(dir: &Path) -> Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
     Ok(open(dir, flags, Mode::RUSR | Mode::WUSR)?.into())
@@ -27,12 +27,12 @@ pub fn reserve(file: &File, len: usize) {
     let _ = fallocate(file, FallocateFlags::empty(), 0, len as u64);
 }
 
-/// Writes `bytes` in place without a copy: no program that copies or digests can be faster.
+/// Writes `bytes` in place, without a copy. A program that copies or digests cannot be faster.
 pub fn write_raw(dir: &Path, bytes: &Aligned) -> Result<Duration> {
     write(dir, bytes, &mut [(); WRITERS], |(), piece, file, at| file.write_all_at(piece, at))
 }
 
-/// Copies `bytes` piece by piece to slabs, as the library does, and writes those.
+/// Copies `bytes` piece by piece to slabs, as the library does, and writes the slabs.
 pub fn write_copied(dir: &Path, bytes: &Aligned, slabs: &mut [Aligned; WRITERS]) -> Result<Duration> {
     write(dir, bytes, slabs, |slab, piece, file, at| {
         slab[..piece.len()].copy_from_slice(piece);

@@ -7,28 +7,28 @@ use std::time::Duration;
 #[derive(Clone, Copy)]
 pub struct Lap {
     pub wall: Duration,
-    /// CPU time of all threads together, which is what counts on a shared machine.
+    /// CPU time of all threads together, which is the relevant figure on a shared machine.
     pub cpu: Duration,
 }
 
 /// A scheme's ratio and its speeds, in GB/s of raw bytes.
 #[derive(Clone, Copy)]
 pub struct Speed {
-    /// Coded bytes by raw bytes.
+    /// Coded bytes divided by raw bytes.
     pub ratio: f64,
-    /// By CPU time of one core.
+    /// Per CPU time of one core.
     pub encode: f64,
     pub decode: f64,
 }
 
 impl Speed {
-    /// Time to durable without compression by that with it, when coding on `cores` and writing at `disk` GB/s
-    /// overlap fully.
+    /// Time to durable without compression, divided by the time with it, when coding on `cores` and writing
+    /// at `disk` GB/s overlap fully.
     pub fn gain(&self, cores: f64, disk: f64) -> f64 {
         (1.0 / self.ratio).min(cores * self.encode / disk)
     }
 
-    /// CPU seconds that coding costs for a gigabyte of raw bytes.
+    /// CPU seconds that coding takes for a gigabyte of raw bytes.
     pub fn cost(&self) -> f64 {
         1.0 / self.encode
     }

@@ -1,6 +1,6 @@
 //! Would lossless compression shorten the time to durable? `just compression` trains the demo and runs this
-//! on its directory. The study has three parts: every scheme on every kind of data; the best scheme of each
-//! kind on more memory and on two threads; and the best schemes from memory to disk. The answer is in
+//! study on its directory. The study has three parts: every scheme on every kind of data; the best scheme of
+//! each kind on more memory and on two threads; and the best schemes from memory to disk. The answer is in
 //! `docs/decisions/0001-compression.md`.
 
 mod block;
@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The share of zeros in the data: weights that no example ever touched have no moments.
+/// The share of zeros in the data: weights that no example ever used have zero moments.
 fn zeros(kind: &data::Kind) -> String {
     let zeros = kind.bytes.chunks(kind.width).filter(|element| element.iter().all(|&b| b == 0)).count();
     format!(", {:.1} % of the elements zero", 100.0 * (zeros * kind.width) as f64 / kind.bytes.len() as f64)

@@ -1,4 +1,4 @@
-//! Memory that direct I/O takes: its start is aligned.
+//! Memory for direct I/O: its start is aligned.
 
 use std::ops::{Deref, DerefMut};
 
@@ -14,13 +14,13 @@ impl Aligned {
     pub fn zeroed(len: usize) -> Self {
         let mut memory = vec![0_u8; len + ALIGNMENT];
         let start = memory.as_ptr().align_offset(ALIGNMENT);
-        // Touched here, so that no measurement pays for the pages.
+        // Touched here, so that no measurement includes the page faults.
         memory.iter_mut().step_by(ALIGNMENT).for_each(|b| *b = std::hint::black_box(0));
         Self { memory, start, len }
     }
 
-    /// Repeats `period`. Blocks are compressed independently, so no coder sees a repetition as long as a
-    /// block is shorter than the period.
+    /// Repeats `period`. Blocks are compressed independently, so no coder sees a repetition while a block is
+    /// shorter than the period.
     pub fn tiled(period: &[u8], len: usize) -> Self {
         let mut all = Self::zeroed(len);
         for piece in all.chunks_mut(period.len()) {

@@ -1,4 +1,4 @@
-//! The parts of the study, each a table.
+//! The parts of the study. Each prints a table.
 
 use crate::block::Scheme;
 use crate::coder::Code;
@@ -18,14 +18,14 @@ const SECOND_WINDOW: usize = 256 << 20;
 const SECOND_ROUNDS: usize = 3;
 const DISK_BYTES: usize = 512 << 20;
 
-/// The best scheme for a kind of data, by the model.
+/// The best scheme for a kind of data, according to the model.
 pub struct Choice {
     /// Without the last checkpoint.
     pub alone: Scheme,
     delta: Option<Scheme>,
 }
 
-/// Every scheme on every kind of data, one thread.
+/// Measures every scheme on every kind of data, with one thread.
 pub fn every_scheme(dir: &Path, kinds: &[Kind]) -> Result<Vec<Choice>, Box<dyn Error>> {
     let windows: Vec<Window> = kinds.iter().map(|kind| Window::new(kind, FIRST_WINDOW)).collect();
     let mut trials: Vec<Vec<Trial<'_>>> = windows.iter().map(trials).collect();
@@ -55,7 +55,7 @@ fn trials(window: &Window) -> Vec<Trial<'_>> {
         let codes = Code::OF_BYTES.iter().chain(&of_elements[..if transform == Transform::Plain { 2 } else { 0 }]);
         schemes.extend(codes.map(|&code| Scheme::probed(transform, code, window.width, &window.raw, window.last())));
     }
-    // A scheme that shrinks nothing is a copy.
+    // A scheme that shrinks no plane is a copy.
     schemes.retain(|scheme| scheme.coded != 0);
     schemes.into_iter().map(|scheme| Trial::new(window, scheme, 1)).collect()
 }
@@ -81,7 +81,7 @@ fn choose(trials: &[Trial<'_>], window: &Window, disk: f64) -> Result<Choice, Bo
     Ok(Choice { alone: best(false).ok_or("nothing shrinks this data")?, delta: best(true) })
 }
 
-/// The best schemes over more memory, on one thread and two, beside copying and digesting.
+/// Measures the best schemes over more memory, on one thread and two, next to copying and digesting.
 pub fn two_threads(dir: &Path, kinds: &[Kind], chosen: &[Choice]) -> Result<(), Box<dyn Error>> {
     let columns =
         ["data", "scheme", "ratio", "encode, 1", "encode, 2", "decode, 1", "decode, 2", "disk", "gain by wall"];

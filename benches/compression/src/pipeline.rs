@@ -1,9 +1,9 @@
-//! The whole pipeline: codes blocks into aligned buffers while other buffers are written, against writing the
-//! same bytes raw.
+//! The whole pipeline: codes blocks into aligned buffers while other buffers are written, compared with
+//! writing the same bytes raw.
 //!
 //! A file is a row of buffers, each at a multiple of a write's size, because writes at other offsets are
-//! slower. A buffer has the length used, then blocks, each with number and length. Its unused rest is never
-//! written.
+//! slower. A buffer has the used length, then blocks, each with its number and length. The unused rest of a
+//! buffer is never written.
 
 use crate::block::{BLOCK, Codec, OVERHEAD_MAX, Scheme};
 use crate::disk::{WRITE, WRITERS, fresh, reserve};
@@ -20,7 +20,7 @@ const BUFFERS: usize = CODERS + WRITERS + 2;
 const WORD: usize = 4;
 const RECORD_MAX: usize = 2 * WORD + BLOCK + OVERHEAD_MAX;
 
-/// What a pipeline writes: bytes, and how those before each end are coded.
+/// The input of a pipeline: bytes, and how the bytes before each end are coded.
 pub struct Job<'a> {
     pub raw: &'a Aligned,
     pub parts: Vec<(usize, Scheme)>,
@@ -39,7 +39,7 @@ impl Job<'_> {
 /// The memory of a pipeline, allocated once.
 pub struct Pipeline {
     codecs: Vec<Vec<Codec>>,
-    /// All buffers in one allocation, as in the library: on huge pages a write has fewer parts.
+    /// All buffers in one allocation, as in the library. On huge pages a write has fewer parts.
     arena: Aligned,
 }
 
@@ -49,7 +49,7 @@ impl Pipeline {
         Self { codecs, arena: Aligned::zeroed(BUFFERS * WRITE) }
     }
 
-    /// Codes and writes a fresh file; returns it with the bytes written once it is durable.
+    /// Codes and writes a fresh file. Once the file is durable, returns it with the number of bytes written.
     pub fn write(&mut self, dir: &Path, job: &Job<'_>) -> Result<(File, usize, Duration)> {
         let file = fresh(dir)?;
         let began = Instant::now();

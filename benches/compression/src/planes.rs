@@ -1,13 +1,13 @@
-//! Transforms that put predictable bits together, and their inverses.
+//! Transforms that group predictable bits, and their inverses.
 
 /// How the bytes of a block are arranged before they are coded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transform {
     /// Unchanged.
     Plain,
-    /// The highest bytes of all elements, then the next ones.
+    /// The highest bytes of all elements, then the next lower bytes, and so on.
     Planes,
-    /// Planes as above after a rotation by one bit, so that the highest byte is the exponent and the sign
+    /// Planes as above, after a rotation by one bit, so that the highest byte is the exponent and the sign
     /// joins the mantissa.
     Exponent,
     /// `Exponent` of the difference (exclusive or) to the last checkpoint.
@@ -17,7 +17,7 @@ pub enum Transform {
 impl Transform {
     pub const ALL: [Self; 4] = [Self::Plain, Self::Planes, Self::Exponent, Self::Delta];
 
-    /// How many planes a block of elements of `width` bytes becomes.
+    /// The number of planes of a block with elements of `width` bytes.
     pub fn planes(self, width: usize) -> usize {
         if self == Self::Plain { 1 } else { width }
     }

@@ -1,4 +1,4 @@
-//! Measures the best schemes from memory to durable, against the same bytes raw and copied.
+//! Measures the best schemes from memory to durable, and compares them with the same bytes raw and copied.
 
 use crate::block::{BLOCK, Scheme};
 use crate::data::Kind;
@@ -16,19 +16,19 @@ use std::time::{Duration, Instant};
 const BYTES: usize = 1 << 30;
 const ROUNDS: usize = 12;
 
-/// The pause between files, so that a disk with a burst allowance has it again before each.
+/// The pause between files, so that a disk with a burst allowance regains it before each file.
 const REST: Duration = Duration::from_millis(200);
 
 /// A round counts as quiet when other programs used less than this many cores.
 const QUIET: f64 = 0.25;
 
-/// The first of the ways that are compared: writes the bytes in place.
+/// The first of the compared ways: writes the bytes in place.
 const RAW: usize = 0;
-/// Copies the bytes into a slab and writes that, as the library does.
+/// Copies the bytes into a slab and writes the slab, as the library does.
 const COPIED: usize = 1;
 const CODED: usize = 2;
 
-/// What one way cost in each round.
+/// The cost of one way in each round.
 #[derive(Default)]
 struct Cost {
     seconds: Vec<f64>,
@@ -125,7 +125,7 @@ fn case(
     Ok(())
 }
 
-/// Runs every way once a round, in forward and reverse order by turns.
+/// Runs every way once per round, alternately in forward and in reverse order.
 fn rounds(done: &AtomicU64, mut write: impl FnMut(usize) -> std::io::Result<Duration>) -> std::io::Result<[Cost; 3]> {
     let mut costs: [Cost; 3] = Default::default();
     for round in 0..ROUNDS {
@@ -147,7 +147,7 @@ fn rounds(done: &AtomicU64, mut write: impl FnMut(usize) -> std::io::Result<Dura
     Ok(costs)
 }
 
-/// Stands for a program that trains on the host: arithmetic on data that fits the cache, until `stop`.
+/// Simulates a program that trains on the host: arithmetic on data that fits the cache, until `stop`.
 fn train(stop: &AtomicBool, done: &AtomicU64) {
     let (a, mut sums) = ([1.000_001_f32; 4096], [0.0_f32; 16]);
     while !stop.load(Ordering::Relaxed) {
@@ -159,7 +159,7 @@ fn train(stop: &AtomicBool, done: &AtomicU64) {
     }
 }
 
-/// Makes a gibibyte of these kinds by their shares, and says how each part is coded.
+/// Makes a gibibyte of these kinds in the given shares, and says how each part is coded.
 fn gibibyte(kinds: &[Kind], chosen: &[Choice], parts: &[(usize, usize)]) -> (Aligned, Vec<(usize, Scheme)>) {
     let shares: usize = parts.iter().map(|(_, share)| share).sum();
     let mut raw = Aligned::zeroed(BYTES);

@@ -7,14 +7,14 @@ use crate::settings::POISON;
 use crate::stream::{enqueue, find};
 use crate::work::{Spot, Work};
 
-/// Minimum size of a poisoned destination: shorter ones may be flags that a thread polls.
+/// Minimum size of a destination that is poisoned. Shorter destinations may be flags that a thread polls.
 const POISONED_MIN: u64 = 64;
 
 /// `CUmemcpyAttributes`.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Attributes {
-    /// When sources are read: 1 in stream order, 2 during the call, 3 at any time.
+    /// When the driver reads the sources: 1 in stream order, 2 during the call, 3 at any time.
     order: u32,
     hints: [u32; 4],
     flags: u32,
@@ -44,10 +44,10 @@ struct Side {
 }
 
 impl Side {
-    /// The longest distance between rows that the device takes.
+    /// The longest distance between rows that the device supports.
     const PITCH_MAX: usize = i32::MAX as usize;
 
-    /// The address of the first row, and whether it is on a device.
+    /// The address of the first row, and whether that address is on a device.
     fn begin(self, width: usize) -> Status<(u64, bool)> {
         let (base, on_device) = match self.kind {
             1 => (self.host, false),
@@ -61,7 +61,7 @@ impl Side {
     }
 }
 
-/// Enqueues the rows one by one, when all of them are within memory.
+/// Enqueues the rows one by one, if all of them are within memory.
 fn rows(copy: RowCopy, stream: u64) -> Status {
     let RowCopy { from, to, width, height } = copy;
     let ((from_base, from_kind), (to_base, to_kind)) = (from.begin(width)?, to.begin(width)?);
@@ -74,7 +74,7 @@ fn rows(copy: RowCopy, stream: u64) -> Status {
     (0..height).map(each).try_for_each(|(to, from)| between(to, from, width, stream, false))
 }
 
-/// Enqueues a copy. If either end is pageable memory, the host waits for it.
+/// Enqueues a copy. If either end is pageable memory, the host waits for the copy.
 fn copy(to: u64, from: u64, bytes: usize, stream: u64, block: bool) -> Status {
     if bytes == 0 {
         return find(stream).map(drop);
@@ -90,7 +90,8 @@ fn copy(to: u64, from: u64, bytes: usize, stream: u64, block: bool) -> Status {
         };
         if poisoned && bytes >= POISONED_MIN {
             let _in_use = crate::host::InUse::new(range)?;
-            // SAFETY: the caller gave the destination to the driver, and it stays pinned while it is in use.
+            // SAFETY: the caller gave the destination to the driver, and the memory stays pinned while it is
+            // in use.
             unsafe { std::ptr::write_bytes(address as *mut u8, POISON, bytes as usize) };
         }
     }
@@ -146,7 +147,7 @@ struct Batch {
     kinds: usize,
 }
 
-/// Enqueues a batch. Its copies have no order; this driver runs the last first.
+/// Enqueues a batch. Its copies have no order; this driver runs the last copy first.
 fn batch(batch: Batch, stream: u64) -> Status {
     let Batch { to, from, bytes, count, attributes, starts, kinds } = batch;
     if stream < 2 || count == 0 || kinds == 0 || kinds > count {
@@ -162,7 +163,7 @@ fn batch(batch: Batch, stream: u64) -> Status {
         return Err(INVALID_VALUE);
     }
     let (to, from, bytes) = (take(to, count)?, take(from, count)?, take(bytes, count)?);
-    // All are checked before any is enqueued.
+    // All copies are checked before any is enqueued.
     for i in 0..count {
         Spot::of(to[i], bytes[i] as u64)?;
         Spot::of(from[i], bytes[i] as u64)?;

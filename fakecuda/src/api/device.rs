@@ -41,7 +41,7 @@ export! {
         symbol: *const c_char, address: *mut *mut c_void, version: i32, _flags: u64, status: *mut i32,
     ) {
         let name = text(symbol)?;
-        // The driver chooses the version suffix: the newest that the requested version has.
+        // The driver chooses the version suffix: the newest that exists in the requested version.
         let newer = if name == "cuMemcpyBatchAsync" && version < 13_000 { name.clone() } else { format!("{name}_v2") };
         let found = [newer, name].iter().map(|name| symbol_named(name)).find(|found| !found.is_null());
         put(address, found.unwrap_or(std::ptr::null_mut()))?;
@@ -159,7 +159,7 @@ fn named(ordinal: i32, name: &'static str) -> Status<&'static Device> {
     Ok(device)
 }
 
-/// The values of an H200 for the attributes that ashore may query; 0 for all others.
+/// The values of an H200 for the attributes that ashore may query; 0 for all other attributes.
 fn attribute_of(attribute: i32, device: i32) -> i32 {
     match attribute {
         1..=3 => 1024,                          // threads of a block, in all and by x and y
@@ -173,14 +173,14 @@ fn attribute_of(attribute: i32, device: i32) -> i32 {
         33 => device + 1,                       // PCI bus
         75 => 9,                                // compute capability 9.0
         19 | 31 | 41 | 78 | 83 | 89 | 115 => 1, // mapped host memory, concurrency, one address space, priorities, pools
-        // Device pointers of registered memory equal host pointers; stream memory operations of the second
-        // kind; the first is off.
+        // Device pointers of registered memory equal host pointers. Stream memory operations of the second
+        // kind are on; those of the first kind are off.
         91 | 122 | 123 => 1,
         _ => 0,
     }
 }
 
-/// Finds a symbol of this library itself.
+/// Finds a symbol in this library itself.
 fn symbol_named(name: &str) -> *mut c_void {
     let Ok(name) = CString::new(name) else { return std::ptr::null_mut() };
     let inside: extern "C" fn(u32) -> i32 = cuInit;
@@ -190,8 +190,8 @@ fn symbol_named(name: &str) -> *mut c_void {
         dli_sname: std::ptr::null(),
         dli_saddr: std::ptr::null_mut(),
     };
-    // SAFETY: `dladdr` accepts any address; `dli_fname` is then the path under which this library was opened,
-    // which `dlopen` finds again without loading anything.
+    // SAFETY: `dladdr` accepts any address. `dli_fname` is then the path under which this library was opened,
+    // and `dlopen` finds that path again without loading anything.
     unsafe {
         if libc::dladdr(inside as *const c_void, &mut found) == 0 {
             return std::ptr::null_mut();

@@ -19,7 +19,7 @@ export! {
     }
 
     context fn cuMemAllocAsync(address: *mut u64, bytes: usize, stream: u64) {
-        // The address is available at once and new, so no order is needed before its first use.
+        // The address is available at once and is new, so its first use needs no order.
         enqueue(stream, Work::Nothing, false)?;
         put(address, allocate(bytes)?)
     }

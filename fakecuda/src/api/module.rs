@@ -28,7 +28,7 @@ export! {
         let name = text(name)?;
         let bytes = *state.modules.get(&module).ok_or(INVALID_HANDLE)?.get(&name).ok_or(NOT_FOUND)?;
         let kernel = kernel::find(&name).ok_or(NOT_FOUND)?;
-        // The PTX was built from another source than the kernel compiled here.
+        // The PTX was built from a different source than the kernel compiled here.
         if kernel.bytes() != bytes {
             return Err(INVALID_PTX);
         }

@@ -5,7 +5,7 @@ use crate::device::holding;
 use crate::exported::export;
 use crate::host;
 
-/// The allocation that an address belongs to.
+/// The allocation to which an address belongs.
 struct Owner {
     on_device: bool,
     ordinal: usize,
@@ -25,7 +25,7 @@ fn owner(address: u64) -> Status<Owner> {
     Ok(Owner { on_device: false, ordinal: range.ordinal, start: range.start, bytes: range.bytes, id })
 }
 
-/// Writes one attribute. For an unknown address, only the attributes that say so have a value.
+/// Writes one attribute. For an unknown address, only the attributes that report this have a value.
 fn attribute(data: *mut u8, attribute: u32, address: u64, owner: Option<&Owner>) -> Status {
     let or_zero = |value: fn(&Owner) -> u64| owner.map_or(0, value);
     match attribute {

@@ -35,7 +35,7 @@ export! {
     quiet fn cuStreamQuery(stream: u64) {
         let (device, id) = find(stream)?;
         let state = device.state();
-        // Under the lock under which work ends, so that work that failed does not count as done.
+        // Checked under the lock that is held when work ends, so that failed work does not count as done.
         state.healthy()?;
         if state.is_past(id, state.streams[&id].enqueued) { Ok(()) } else { Err(NOT_READY) }
     }
@@ -52,7 +52,7 @@ export! {
             return Ok(());
         }
         match event.generation() {
-            // Never recorded, so nothing to wait for.
+            // The event was never recorded, so there is nothing to wait for.
             0 => Ok(()),
             generation => enqueue(stream, Work::Wait(event, generation), false),
         }

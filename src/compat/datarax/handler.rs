@@ -28,14 +28,14 @@ const OPEN: usize = 2;
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct SaveArgs {
-    /// The step; None saves the one checkpoint without a step.
+    /// The step. None saves the one checkpoint that has no step.
     pub step: Option<u64>,
     /// How many steps are kept after a save with a step. The default is 1, as in Datarax; None or 0 keeps
     /// all.
     pub keep: Option<usize>,
     /// Replaces an existing checkpoint. The old one stays whole until the new one is durable.
     pub overwrite: bool,
-    /// Encoded.
+    /// The encoded values, by key.
     metadata: BTreeMap<String, Value>,
 }
 
@@ -146,7 +146,7 @@ impl OrbaxCheckpointHandler {
     }
 
     /// A handler whose executors have these settings. Each save says how many steps are kept. There is no run
-    /// log: other programs list the directories.
+    /// log, because other programs list the directories.
     pub fn with_settings(settings: Settings) -> Self {
         let settings = Settings { run_log: false, ..settings };
         let shutdown_timeout = settings.shutdown_timeout;
@@ -179,9 +179,9 @@ impl OrbaxCheckpointHandler {
     /// of the checkpoint.
     ///
     /// # Errors
-    /// `Conflict` when the checkpoint exists and `overwrite` is not set, or is not a checkpoint of this
-    /// library; `Invalid` for a state that cannot be saved; the error of the last asynchronous save; errors
-    /// of the storage. An existing checkpoint is left unchanged.
+    /// `Conflict` when the checkpoint exists and `overwrite` is not set, or when the existing directory is
+    /// not a checkpoint of this library; `Invalid` for a state that cannot be saved; the error of the last
+    /// asynchronous save; errors of the storage. An existing checkpoint is left unchanged.
     pub fn save(&self, directory: impl AsRef<Path>, target: &impl Checkpointable, args: SaveArgs) -> Result<PathBuf> {
         let directory = directory.as_ref();
         let mut inner = lock(&self.inner);
@@ -223,8 +223,9 @@ impl OrbaxCheckpointHandler {
         State::read(&self.find(directory.as_ref(), step)?)
     }
 
-    /// Restores into `target`. `target` is left unchanged when the checkpoint cannot be read or differs in
-    /// structure: the names, or the kind, dtype or shape of one. An empty [`State`] accepts any structure.
+    /// Restores into `target`. `target` is left unchanged when the checkpoint cannot be read or has another
+    /// structure: other names, or another kind, dtype or shape under a name. An empty [`State`] accepts any
+    /// structure.
     ///
     /// # Errors
     /// As [`OrbaxCheckpointHandler::restore`]; `Invalid` for another structure, and for the checkpoint of an

@@ -13,10 +13,10 @@
 //! | `with OrbaxCheckpointHandler() as handler` | dropping the handler waits; [`close`](OrbaxCheckpointHandler::close) waits and returns errors |
 //! | `async_checkpointing=True` | [`OrbaxCheckpointHandler::asynchronous`] |
 //!
-//! Differences: a requested step that is missing is `NotFound`, never another checkpoint; a step counts as
-//! existing under another name (`7` for `ckpt-7`), too; `overwrite` and `keep` leave the old checkpoint whole
-//! until the new one is durable; a PRNG key keeps the name of its implementation; strings are saved as
-//! strings.
+//! Differences: a requested step that is missing is `NotFound`, and another checkpoint is never returned
+//! instead. A step also counts as existing under another name (`7` for `ckpt-7`). `overwrite` and `keep`
+//! leave the old checkpoint whole until the new one is durable. A PRNG key keeps the name of its
+//! implementation. Strings are saved as strings.
 
 mod handler;
 mod iterator;

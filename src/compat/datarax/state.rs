@@ -1,8 +1,8 @@
 //! The state of an object: named arrays, PRNG keys, and values of any serde type, strings among them.
 //!
-//! In a checkpoint an array is a tensor and a value is a value. A PRNG key is both under one name: its data
-//! is a tensor, the name of its implementation a value. Only keys are both, so `read` can tell a key from an
-//! array.
+//! In a checkpoint an array is a tensor and a value is a value. A PRNG key is a tensor and a value under one
+//! name: the tensor has its data, the value has the name of its implementation. Only a key has both, so
+//! `read` can tell a key from an array.
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-/// An object that can return its state and restore it. A [`State`] is one itself.
+/// An object that can return its state and restore it. A [`State`] is such an object.
 pub trait Checkpointable {
     /// The state to save.
     ///
@@ -26,7 +26,7 @@ pub trait Checkpointable {
     /// Restores a saved state.
     ///
     /// # Errors
-    /// Its own errors: something is missing, or of another kind than now.
+    /// Its own errors: something is missing in the saved state, or has another kind than in this object.
     fn set_state(&mut self, state: State) -> Result<()>;
 }
 
@@ -59,7 +59,7 @@ pub struct State(BTreeMap<String, Leaf>);
 enum Leaf {
     Array(Array),
     Key(PrngKey),
-    /// Encoded.
+    /// The encoded value.
     Value(Value),
 }
 

@@ -10,7 +10,7 @@ use crate::sync::{Mutex, lock};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
-/// A row of a catalog, or a run that has none yet. Clones refer to the same session.
+/// A row of a catalog, or a run that has no row yet. Clones refer to the same session.
 #[derive(Clone)]
 pub struct CheckpointSession(pub(super) Arc<Inner>);
 
@@ -20,7 +20,7 @@ pub(super) struct Inner {
     pub work: Mutex<Work>,
 }
 
-/// What changes in a session.
+/// The mutable data of a session.
 pub(super) struct Work {
     pub entry: Option<CheckpointEntry>,
     /// The selected row, kept open: states are restored from it regardless of later commits.
@@ -35,7 +35,7 @@ pub(super) struct Work {
     pub in_flight: Option<InFlightSave>,
 }
 
-/// What a failed flush restores.
+/// The data that a failed flush restores.
 #[derive(Clone)]
 pub(super) struct Counters {
     pub write_count: u64,
@@ -48,12 +48,12 @@ pub(super) struct InFlightSave {
     pub save: Save,
     pub row: CheckpointEntry,
     pub before: Counters,
-    /// The write count when it began; a higher count means that more was written since.
+    /// The write count when the flush began. A higher count means that more was written since.
     pub write_count: u64,
 }
 
-/// A state that is bound to a session. Clones refer to the same state. It outlives the session: the next
-/// session of its catalog that is entered on the thread takes it over.
+/// A state that is bound to a session. Clones refer to the same state. The state outlives the session: the
+/// next session of its catalog that is entered on the thread takes the state over.
 #[derive(Debug)]
 pub struct Bound<T>(Arc<Shared<T>>);
 
@@ -84,7 +84,7 @@ impl<T: CheckpointState> From<T> for Bound<T> {
 }
 
 impl<T: CheckpointState> Bound<T> {
-    /// Reads or changes the state. A session that commits meanwhile, on this thread too, gets `Busy`.
+    /// Reads or changes the state. A session that commits meanwhile gets `Busy`, also on this thread.
     pub fn update<R>(&self, change: impl FnOnce(&mut T) -> R) -> R {
         change(&mut lock(&self.0.state))
     }
@@ -100,7 +100,8 @@ impl<T: CheckpointState> Bound<T> {
         lock(&self.0.link).catalog.clone()
     }
 
-    /// The session that the state is bound to; None after the session was left, until the next is entered.
+    /// The session that the state is bound to; None after the session was left, until the next session is
+    /// entered.
     pub fn session(&self) -> Option<CheckpointSession> {
         lock(&self.0.link).session.upgrade().map(CheckpointSession)
     }

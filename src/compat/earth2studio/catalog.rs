@@ -22,9 +22,9 @@ use std::time::{Duration, SystemTime};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
-    /// Replaces them: one row is kept.
+    /// Replaces earlier rows: one row is kept.
     Overwrite,
-    /// Adds to them: the last `history_size` rows are kept.
+    /// Adds a row to the earlier rows: the last `history_size` rows are kept.
     Append,
 }
 
@@ -126,7 +126,7 @@ impl Builder {
     }
 
     /// Sets the settings of the executor that commits, which is built at the first flush. The default has an
-    /// arena of 64 MiB. `mode` and `history_size` replace the retention in them.
+    /// arena of 64 MiB. `mode` and `history_size` replace the retention in these settings.
     pub fn settings(mut self, settings: Settings) -> Self {
         self.settings = settings;
         self
@@ -136,7 +136,8 @@ impl Builder {
     ///
     /// # Errors
     /// `Invalid`, naming the setting: a `flush_interval`, `history_size`, `level`, rank or setting that is
-    /// out of range, a name that cannot be a directory's, or a missing path where no default is available.
+    /// out of range, a name that cannot be the name of a directory, or a missing path where no default is
+    /// available.
     pub fn build(mut self) -> Result<Checkpoint> {
         let refuse = |why: &str, setting: String| Err(Error::invalid(format!("{why} {setting}")));
         if self.flush_interval == Some(0) {

@@ -2,7 +2,8 @@
 //!
 //! A [`Checkpoint`] is the catalog of a named run. A [`CheckpointSession`] restores one of its rows, or
 //! starts the first. A program [binds](CheckpointSession::bind) typed state to the session and
-//! [writes](CheckpointSession::write) restart boundaries; every `flush_interval` writes commit a new row.
+//! [writes](CheckpointSession::write) restart boundaries; a new row is committed every `flush_interval`
+//! writes.
 //!
 //! ```
 //! use ashore::compat::earth2studio::{Checkpoint, Metadata, Tensor, checkpoint_state};
@@ -34,18 +35,18 @@
 //! # Guarantees
 //!
 //! **Consistency.** A row is a step of the engine in [`Checkpoint::rank_path`], so the catalog *is* the
-//! commits: no second file can be damaged or lag behind, and a damaged commit is skipped. Rows are numbered
-//! in the order of their commits. Each rank commits on its own.
+//! commits. There is no second file that could be damaged or lag behind. A damaged commit is skipped. Rows
+//! are numbered in the order of their commits. Each rank commits on its own.
 //! **Completion.** A flush that is `Ok` is durable.
 //! **Crash.** The rows of completed flushes survive; with [`Mode::Overwrite`] the old row is deleted after
 //! the new one is durable.
 //! **Failure.** A failed flush restores the session's counters, metadata and dirty flag to their state before
-//! the call. Writes made while it ran stay, and are still to be flushed. The next `write` or `flush` returns
-//! a failure that no call has waited for.
+//! the call. Writes made during the flush stay, and are still to be flushed. The next `write` or `flush`
+//! returns a failure that no call has waited for.
 //! **Retention.** `Overwrite` keeps one row, `Append` the last `history_size`. **Metadata** of the writes of
-//! one session accumulates, and a session starts with none; [`CheckpointSession::metadata`] returns that of
-//! the row. **Re-entering.** The states of a session that was left wait for the next session of its catalog
-//! that is entered on the thread, which restores them from its row.
+//! one session accumulates, and a session starts with none; [`CheckpointSession::metadata`] returns the
+//! metadata of the row. **Re-entering.** When a session is left, its states wait for the next session of its
+//! catalog that is entered on the thread. That session restores the states from its row.
 //!
 //! | in earth2studio | here |
 //! |---|---|

@@ -1,5 +1,5 @@
-//! The states that wait for a session on each thread: those bound before a session was entered, and those of
-//! the session that was left.
+//! The states that wait for a session on each thread: states bound before a session was entered, and states
+//! of the session that was left.
 
 use super::bound::Erased;
 use super::catalog::{CatalogState, Checkpoint};
@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 /// A state that waits for a session.
 pub(super) struct Pending {
     pub state: Arc<dyn Erased>,
-    /// Whether it comes from the session that was left.
+    /// Whether the state comes from the session that was left.
     pub of_session: bool,
 }
 

@@ -1,4 +1,5 @@
-//! A session: the row that it restores, or none yet; the states bound to it; and what was written since.
+//! A session: the row that it restores, if there is one, the states bound to it, and the writes since that
+//! row.
 
 use super::bound::{Bound, CheckpointSession, Counters, Erased, InFlightSave, Inner, Link, Work};
 use super::catalog::{Checkpoint, CheckpointEntry, RECORD, Schema, current, durable};
@@ -34,8 +35,8 @@ pub fn active() -> Option<CheckpointSession> {
 }
 
 /// Binds a state to the session that is active on this thread. Without an active session the state waits for
-/// the next session of the catalog that was built last on this thread. If there is no such catalog, it is
-/// bound to nothing.
+/// the next session of the catalog that was built last on this thread. If there is no such catalog, the state
+/// is bound to nothing.
 ///
 /// # Errors
 /// As [`CheckpointSession::bind`].
@@ -122,7 +123,7 @@ impl Checkpoint {
     }
 
     /// Enters the session of this catalog that is active on this thread, or a new one from
-    /// [`Checkpoint::session`]. A new session takes over the states of the one that was left last.
+    /// [`Checkpoint::session`]. A new session takes over the states of the session that was left last.
     ///
     /// # Errors
     /// As [`Checkpoint::session`] and [`CheckpointSession::enter`].
@@ -150,7 +151,8 @@ impl CheckpointSession {
             None => None,
         };
         let write_count = entry.as_ref().map_or(0, |entry| entry.write_count);
-        // Metadata belongs to the row that was read: the next row has only what the program writes for it.
+        // Metadata belongs to the row that was read: the next row has only the metadata that the program
+        // writes for it.
         let metadata = match &entry {
             Some(entry) if mutant::on(Mutant::ResumeMetadata) => entry.metadata.0.clone(),
             _ => BTreeMap::new(),
@@ -166,7 +168,7 @@ impl CheckpointSession {
     }
 
     /// Makes this the active session of the thread, and binds the states that wait for a session of its
-    /// catalog: those of the session that was left last, and those of
+    /// catalog: states of the session that was left last, and states of
     /// [`bind_checkpoint_state`](super::bind_checkpoint_state).
     ///
     /// # Errors
@@ -175,7 +177,7 @@ impl CheckpointSession {
         let adopted = std::mem::replace(&mut lock(&self.0.work).adopted, true);
         let waiting = if adopted { Vec::new() } else { pending::take(&self.0.catalog) };
         if let Err(error) = waiting.iter().try_for_each(|pending| self.take_over(pending)) {
-            // All of them continue to wait: another session may be entered instead of this one.
+            // All these states continue to wait: another session may be entered instead of this one.
             waiting.iter().for_each(|it| pending::put(&self.0.catalog, &it.state, it.of_session));
             lock(&self.0.work).adopted = false;
             return Err(error);
@@ -212,12 +214,12 @@ impl CheckpointSession {
         lock(&self.0.work).entry.is_some()
     }
 
-    /// The commit of that row.
+    /// The commit of the row of this session.
     pub fn commit_id(&self) -> Option<String> {
         lock(&self.0.work).entry.as_ref().map(|entry| entry.commit_id.clone())
     }
 
-    /// The metadata of that row; empty when there is no row.
+    /// The metadata of the row of this session; empty when there is no row.
     pub fn metadata(&self) -> Metadata {
         lock(&self.0.work).entry.as_ref().map_or_else(Metadata::new, |entry| entry.metadata.clone())
     }
@@ -243,7 +245,7 @@ impl CheckpointSession {
         self.metadata_value(name)
     }
 
-    /// The metadata `lead_time` of that row, if it has one.
+    /// The metadata `lead_time` of the row of this session, if the row has it.
     ///
     /// # Errors
     /// `Invalid` when it is not a `T`.
@@ -268,8 +270,8 @@ impl CheckpointSession {
     ///
     /// # Errors
     /// `Invalid` from a [`CheckpointStateCollision`] when another state of this type is bound, and from a
-    /// [`CheckpointStateSchemaError`] when its fields differ from those that were saved; those of [`Saved`].
-    /// The state is then unchanged and not bound.
+    /// [`CheckpointStateSchemaError`] when its fields differ from those that were saved; the errors of
+    /// [`Saved`]. The state is then unchanged and not bound.
     pub fn bind<T: CheckpointState>(&self, state: impl Into<Bound<T>>) -> Result<Bound<T>> {
         let state = state.into();
         self.adopt(state.erased())?;
@@ -307,7 +309,7 @@ impl CheckpointSession {
         Ok(())
     }
 
-    /// Records a boundary from which a run can restart, and flushes when one is due.
+    /// Records a boundary from which a run can restart, and flushes when a flush is due.
     ///
     /// # Errors
     /// Errors of the flush, or of an earlier flush that no call has waited for.
@@ -323,7 +325,8 @@ impl CheckpointSession {
         let mut work = lock(&self.0.work);
         let interval = self.0.catalog.0.flush_interval();
         let due = interval.is_some_and(|interval| (work.counters.write_count + 1).is_multiple_of(interval));
-        // A flush waits for the previous one; a write without a flush only checks whether that has ended.
+        // A flush waits for the previous one; a write without a flush only checks whether the previous flush
+        // has ended.
         if due || work.in_flight.as_ref().is_some_and(|in_flight| in_flight.save.try_get().is_some()) {
             self.land(&mut work)?;
         }
@@ -334,7 +337,7 @@ impl CheckpointSession {
         if due { self.commit(&mut work, before).map(Some) } else { Ok(None) }
     }
 
-    /// Commits what was written since the last flush, with more metadata, as a new row; None when there is
+    /// Commits the writes since the last flush, with more metadata, as a new row. Returns None when there is
     /// nothing to commit.
     ///
     /// # Errors

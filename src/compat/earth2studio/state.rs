@@ -36,15 +36,15 @@ pub trait CheckpointState: Send + 'static {
     /// Those of [`Fields`].
     fn save(&self, fields: &mut Fields<'_>) -> Result<()>;
 
-    /// Reads every field from `saved`; changes nothing unless all of them are there.
+    /// Reads every field from `saved`. Changes nothing unless all fields are there.
     ///
     /// # Errors
     /// Those of [`Saved`].
     fn load(&mut self, saved: &Saved<'_>) -> Result<()>;
 }
 
-/// Implements [`CheckpointState`] for a struct. It lists the fields that are values, which serde writes, with
-/// their types, and those that are [`Tensor`]s, with their element types.
+/// Implements [`CheckpointState`] for a struct. The macro lists the fields that are values, which serde
+/// writes, with their types, and the fields that are [`Tensor`]s, with their element types.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! __checkpoint_state {
@@ -138,7 +138,7 @@ impl Fields<'_> {
     /// Saves a tensor.
     ///
     /// # Errors
-    /// `Invalid` from a [`CheckpointSerializationError`]: its length is not that of its shape.
+    /// `Invalid` from a [`CheckpointSerializationError`]: its length is not the length of its shape.
     pub fn tensor<T: Element>(&mut self, name: &str, tensor: &Tensor<T>) -> Result<()> {
         let name = key(self.id, name);
         let source = HostTensor::new(tensor.elements.clone(), &tensor.shape);
@@ -167,7 +167,7 @@ impl Saved<'_> {
     ///
     /// # Errors
     /// `NotFound` when the tensor is missing, `Invalid` when its elements are not of type `T`, `Corrupt` when
-    /// they are not what was saved.
+    /// they differ from what was saved.
     pub fn tensor<T: Element>(&self, name: &str) -> Result<Tensor<T>> {
         let name = key(self.id, name);
         Ok(Tensor::new(self.checkpoint.read_as(&name)?, self.checkpoint.tensor(&name)?.shape))

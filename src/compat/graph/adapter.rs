@@ -31,8 +31,8 @@ impl<S: GraphState, C: Checkpointer<S> + ?Sized> Checkpointer<S> for Arc<C> {
 }
 
 /// Makes a type that implements the `Checkpointer` of an engine, such as `cognis_graph`, with a store of this
-/// crate. The arguments are the type; the engine's crate or module that has its `Checkpointer`, `GraphState`
-/// and `ActiveSnapshot`; the conversion of an error; and the type of the converted error.
+/// crate. The arguments are the name of the type; the crate or module of the engine that has `Checkpointer`,
+/// `GraphState` and `ActiveSnapshot`; the conversion of an error; and the type of the converted error.
 ///
 /// ```
 /// # mod engine {

@@ -45,8 +45,8 @@ impl Directory {
         Self::open_with(root, settings)
     }
 
-    /// Opens the runs below `root`, and saves them with these settings. Retention in them would apply to
-    /// states and active sets separately.
+    /// Opens the runs below `root`, and saves them with these settings. Retention in the settings would apply
+    /// to states and active sets separately.
     ///
     /// # Errors
     /// As [`Directory::open`]; `Invalid`, naming the setting that does not work.
@@ -127,10 +127,11 @@ impl Records for Runs {
     }
 
     fn prune(&mut self, run: Uuid, keep_last: usize) -> Result<()> {
-        // The next save reopens them: an open executor would not know what was removed here.
+        // Close the executors of the run: an open executor would not know which steps were removed here. The
+        // next save reopens them.
         self.open.retain(|(open, _)| *open != run);
         if keep_last == 0 {
-            // The active sets first: after a crash in between, the run starts at its start node.
+            // Remove the active sets first: after a crash between the two, the run starts at its start node.
             self.remove(run, Kind::Active, None)?;
             self.remove(run, Kind::State, None)?;
             for kind in [Kind::Active, Kind::State] {

@@ -7,7 +7,7 @@ use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
 use uuid::Uuid;
 
-/// Keeps runs in memory, in the encoding of the other implementations: it refuses the same states.
+/// Keeps runs in memory, in the encoding of the other implementations, so it refuses the same states.
 #[derive(Debug, Default)]
 pub struct InMemory(Here);
 

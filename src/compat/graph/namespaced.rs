@@ -5,8 +5,8 @@ use crate::error::Result;
 use async_trait::async_trait;
 use uuid::Uuid;
 
-/// The runs of one namespace in a store. The empty namespace is the store itself. Every other namespace
-/// derives its own run id for each run from both (a UUID of version 5).
+/// The runs of one namespace in a store. The empty namespace is the store itself. Every other namespace has
+/// its own run id for each run, derived from the namespace and the run id (a UUID of version 5).
 ///
 /// ```
 /// use ashore::compat::graph::{Checkpointer, InMemory, Namespaced, Uuid};

@@ -1,4 +1,5 @@
-//! Runs in one SQLite database: for many small states, for which a directory each would cost too much.
+//! Runs in one SQLite database: for many small states, where one directory for each state would cost too
+//! much.
 
 use super::records::{Kind, Records, checkpointer};
 use super::worker::Worker;
@@ -25,8 +26,8 @@ const TABLE: &str = "CREATE TABLE record (
     PRIMARY KEY (run, kind, step)) WITHOUT ROWID";
 
 /// Keeps runs in an SQLite database: write-ahead log, fsynced at each commit, with a digest for each record.
-/// Several processes may use one database; a call that waits for another for 10 seconds is `Busy`. One thread
-/// performs the calls, in order.
+/// Several processes may use one database; a call that has waited for another process for 10 seconds is
+/// `Busy`. One thread performs the calls, in order.
 ///
 /// ```
 /// use ashore::compat::graph::{Checkpointer, Prune, Sqlite, Uuid};
@@ -48,7 +49,7 @@ impl Sqlite {
     /// Opens the runs in the database `path`, which is created when it is missing.
     ///
     /// # Errors
-    /// `Invalid` when the file cannot be created or is not a database of this library, which is then left
+    /// `Invalid` when the file cannot be created, or is not a database of this library. Such a file is left
     /// unchanged.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();

@@ -80,7 +80,7 @@ impl<'a> Item<'a> {
         Err(checkpoint.located(missing))
     }
 
-    /// Its tensors, by their full names.
+    /// The tensors of the item, by their full names.
     ///
     /// # Errors
     /// As [`Checkpoint::tensors`].

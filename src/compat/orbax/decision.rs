@@ -42,7 +42,7 @@ impl<F: Fn(u64, &DecisionContext) -> bool + Send + Sync> SaveDecisionPolicy for 
     }
 }
 
-/// Saves the steps that are multiples of this; none for an interval of 0.
+/// Saves the steps that are multiples of this interval. An interval of 0 saves no step.
 #[derive(Clone, Copy, Debug)]
 pub struct FixedIntervalPolicy(pub u64);
 

@@ -32,7 +32,7 @@ pub(super) struct Follower {
 
 impl Follower {
     pub fn run(self, coming: Receiver<Save>) {
-        // Saves end ahead of this loop, so a policy may delete a step before the loop reaches its save.
+        // A save may end before this loop reaches it, so a policy may delete the step before that.
         let mut deleted = BTreeSet::new();
         for save in coming {
             let step = save.step();
@@ -62,8 +62,8 @@ impl Follower {
         }
     }
 
-    /// Deletes the steps that the policy does not keep. Returns those whose save the loop has not reached
-    /// yet.
+    /// Deletes the steps that the policy does not keep. Returns the deleted steps whose save the loop has not
+    /// reached yet.
     fn preserve(&self) -> Vec<u64> {
         let catalog = &self.catalog;
         let chosen = |entries: &[catalog::Entry]| {

@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 
 /// A future of a commit: Orbax's `Future` protocol, and a future for any runtime.
 ///
-/// Waiting starts nothing: the commit is already under way. Clones refer to the same commit; dropping them
-/// detaches.
+/// The commit is already under way; waiting does not start it. Clones refer to the same commit. Dropping them
+/// does not stop the commit.
 #[derive(Clone)]
 pub struct CommitFuture(Inner);
 
@@ -32,9 +32,9 @@ enum Inner {
 
 /// A commit that waits for the signals in its contract.
 ///
-/// It is no deferred save of the engine, which has a step and a position among other saves from the call on:
-/// a commit learns its step, and the executor that `begin` saves with, only from its signals, and takes no
-/// room before.
+/// It is not a deferred save of the engine. A deferred save has a step and a position among other saves from
+/// the call on. This commit learns its step, and the executor that `begin` saves with, only from its signals,
+/// and takes no room among the saves before that.
 struct Contracted {
     done: Cell<Outcome>,
     /// The save once it has begun. `done` is set under this lock if the commit is cancelled before that.
@@ -84,8 +84,8 @@ impl CommitFuture {
     /// Waits for the commit on this thread.
     ///
     /// # Errors
-    /// The failure of the commit; `Deadline` when it has not ended after `timeout`: it continues, and can be
-    /// waited for again.
+    /// The failure of the commit; `Deadline` when it has not ended after `timeout`: the commit continues, and
+    /// can be waited for again.
     pub fn result(&self, timeout: Duration) -> Result<Outcome> {
         match &self.0 {
             Inner::Save(save) => save.wait(timeout),
@@ -97,7 +97,7 @@ impl CommitFuture {
         }
     }
 
-    /// Cancels the commit. False when it is too late.
+    /// Cancels the commit. Returns false when it is too late.
     pub fn cancel(&self) -> bool {
         match &self.0 {
             Inner::Save(save) => save.cancel(),
@@ -135,7 +135,8 @@ impl Contracted {
         deadline: Instant,
         begin: impl FnOnce() -> Result<Save>,
     ) -> Result<Outcome> {
-        // Never zero, which is refused; the wait itself detects a deadline that has passed.
+        // Never zero, because a timeout of zero is refused. The wait itself detects a deadline that has
+        // passed.
         let left = || deadline.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
         for signal in contract {
             self.signals.wait_or(id, *signal, left(), || self.done.is_complete())?;

@@ -33,8 +33,8 @@ pub trait DeferredPathAsyncCheckpointHandler: AsyncCheckpointHandler {
     /// the path before the futures have received the signals of their operation.
     ///
     /// # Errors
-    /// As [`AsyncCheckpointHandler::async_save`]; `Invalid` for an item that the program can write while it
-    /// waits.
+    /// As [`AsyncCheckpointHandler::async_save`]; `Invalid` for an item that the program can write while the
+    /// item waits.
     fn async_save_deferred(&self, directory: SavePath, item: Self::Item, args: SaveArgs) -> Result<Vec<CommitFuture>>;
 }
 
@@ -65,8 +65,8 @@ impl Default for SaveArgs {
 }
 
 impl SaveArgs {
-    /// Replaces an existing checkpoint, which stays whole until the new one is durable. Without `force` that
-    /// is a `Conflict`.
+    /// Replaces an existing checkpoint, which stays whole until the new one is durable. Without `force` an
+    /// existing checkpoint is a `Conflict`.
     #[must_use]
     pub fn force(mut self, force: bool) -> Self {
         self.force = force;
@@ -80,7 +80,7 @@ impl SaveArgs {
         self
     }
 
-    /// Sets the operation whose signals the futures wait for, and which their errors reach.
+    /// Sets the operation whose signals the futures wait for. Their errors reach this operation, too.
     #[must_use]
     pub fn operation(mut self, signals: &Signals, id: OperationId) -> Self {
         self.operation = Some((signals.clone(), id));
@@ -94,8 +94,8 @@ impl SaveArgs {
         self
     }
 
-    /// Sets when the tensors are read. The default is until the next fence; [`Snapshot::AtSave`] is what
-    /// Orbax does.
+    /// Sets when the tensors are read. By default they are read until the next fence. [`Snapshot::AtSave`]
+    /// does what Orbax does.
     #[must_use]
     pub fn snapshot(mut self, snapshot: Snapshot) -> Self {
         self.snapshot = snapshot;
@@ -187,8 +187,8 @@ impl DeferredPathAsyncCheckpointHandler for StandardCheckpointHandler {
     }
 }
 
-/// Saves several items as one step: Orbax's handler of that name. Each item gets a future; all are of the
-/// same commit.
+/// Saves several items as one step: Orbax's handler of that name. Each item gets a future. All these futures
+/// are of the same commit.
 #[derive(Clone, Debug)]
 pub struct CompositeCheckpointHandler {
     standard: StandardCheckpointHandler,

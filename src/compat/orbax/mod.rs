@@ -14,7 +14,7 @@
 //! | preservation policies | [`PreservationPolicy`] and its implementations |
 //!
 //! **One step, one commit.** The items of a composite are the tensors and values of one state dict. Their
-//! names begin with the name of the item and a dot. All of them are committed, or none.
+//! names begin with the name of the item and a dot. All items are committed, or none.
 //! **Paths.** A path names the future directory of the checkpoint: a step of the executor's root, or a
 //! directory elsewhere ([`SaveOptions::directory`](crate::SaveOptions::directory)). Only the engine makes
 //! that directory, atomically. **Errors** reach every waiter for a signal at once.

@@ -48,7 +48,7 @@ impl Default for CheckpointManagerOptions {
 }
 
 impl CheckpointManagerOptions {
-    /// Saves every step, keeps all.
+    /// Options that save every step and keep every step.
     pub fn new() -> Self {
         Self::default()
     }
@@ -59,7 +59,7 @@ impl CheckpointManagerOptions {
         self
     }
 
-    /// Sets which steps are kept. Leave the executor's own retention unset then.
+    /// Sets which steps are kept. With a policy, leave the executor's own retention unset.
     pub fn preservation_policy(mut self, policy: impl PreservationPolicy + 'static) -> Self {
         self.preservation = Arc::new(policy);
         self

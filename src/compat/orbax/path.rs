@@ -81,7 +81,7 @@ impl PathAwaitingCreation {
     /// Returns the path.
     ///
     /// # Errors
-    /// `Busy` while the path is not known; the reason when it never will be.
+    /// `Busy` while the path is not known; the reason when there will be no path.
     pub fn path(&self) -> Result<PathBuf> {
         let unknown = || Error::new(ErrorKind::Busy, "the path has not been created yet");
         self.root.get().ok_or_else(unknown)?.map(|root| self.under(root))

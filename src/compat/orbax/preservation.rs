@@ -5,7 +5,7 @@ use crate::mutant::{self, Mutant};
 use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
-/// A step, as policies see it.
+/// The facts about a step that policies decide on.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct CheckpointInfo {
@@ -69,7 +69,7 @@ impl PreservationPolicy for LatestN {
     }
 }
 
-/// Keeps the steps that are multiples of this; none for 0.
+/// Keeps the steps that are multiples of this number. 0 keeps none.
 #[derive(Clone, Copy, Debug)]
 pub struct EveryNSteps(pub u64);
 
@@ -79,7 +79,8 @@ impl PreservationPolicy for EveryNSteps {
     }
 }
 
-/// Keeps the step closest to each multiple of this, of two equally close steps the newer one; none for 0.
+/// Keeps the step closest to each multiple of this number, and the newer of two equally close steps. 0 keeps
+/// none.
 #[derive(Clone, Copy, Debug)]
 pub struct EveryNStepsClosest(pub u64);
 
@@ -92,8 +93,8 @@ impl PreservationPolicy for EveryNStepsClosest {
                 return true;
             };
             let (below, above) = (this - this % n, this.checked_next_multiple_of(n));
-            // The multiple below is closest to this step or to the previous one, the multiple above to this
-            // step or to the next one.
+            // The multiple below this step is closest to this step or to the previous step. The multiple
+            // above it is closest to this step or to the next step.
             let before = before.is_none_or(|before| below == this || below > before && this - below <= below - before);
             let after = after.zip(above).is_some_and(|(after, above)| above < after && above - this < after - above);
             before || after
@@ -159,8 +160,9 @@ pub struct BestN {
 }
 
 impl BestN {
-    /// Keeps the `n` steps with the greatest metric, of equal ones the newest. None keeps all, and so does an
-    /// `n` that is not below the number of checkpoints; 0 keeps none. Steps without a metric are kept.
+    /// Keeps the `n` steps with the greatest metric, and the newest of steps with equal metrics. None keeps
+    /// all steps, and so does an `n` that is not below the number of checkpoints. 0 keeps none. Steps without
+    /// a metric are kept.
     pub fn new(
         n: Option<usize>,
         get_metric: impl Fn(&serde_json::Value) -> Option<f64> + Send + Sync + 'static,
@@ -182,7 +184,7 @@ impl BestN {
         self
     }
 
-    /// The indices in `checkpoints` of those with a metric, best first.
+    /// The indices in `checkpoints` of the checkpoints with a metric, best first.
     pub(super) fn ranking(&self, checkpoints: &[CheckpointInfo]) -> Vec<usize> {
         ranking(checkpoints.iter().map(|c| (self.get_metric)(c.metrics.as_ref()?)), self.reverse)
     }

@@ -85,7 +85,7 @@ impl Signals {
         self.change(id, |operation| _ = operation.sent.insert(signal));
     }
 
-    /// Fails a save: waiters for signals that it has not sent get `why` at once.
+    /// Fails a save: waiters for its signals that were not sent get `why` at once.
     pub fn fail(&self, id: OperationId, why: &Error) {
         self.change(id, |operation| _ = operation.failed.get_or_insert_with(|| why.clone()));
     }

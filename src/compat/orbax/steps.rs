@@ -80,7 +80,7 @@ pub struct CheckpointManager {
 #[derive(Debug)]
 struct Writer {
     executor: Arc<CheckpointExecutor>,
-    /// Follows the saves.
+    /// Waits for the saves to end.
     thread: Background<Save>,
 }
 
@@ -178,8 +178,8 @@ impl CheckpointManager {
     ///
     /// # Errors
     /// As [`save`](Self::save); `Conflict` when the step exists, even with `force`; `Invalid` for metrics
-    /// that cannot be kept exactly, for a state with metadata of that name, and for `force` on a read-only
-    /// manager.
+    /// that cannot be kept exactly, for a state that has metadata under the name of the metrics, and for
+    /// `force` on a read-only manager.
     pub fn save_with(
         &self,
         step: u64,
@@ -255,9 +255,9 @@ impl CheckpointManager {
         self.shared.preempted.load(Ordering::Acquire)
     }
 
-    /// The existing durable steps, oldest first. A read-only manager reads them from the medium; others
-    /// return the steps that they know. Orbax includes a step that is being saved; here only
-    /// [`should_save`](Self::should_save) counts it before it is durable.
+    /// The existing durable steps, oldest first. A read-only manager reads them from the medium. Other
+    /// managers return the steps that they know. Orbax includes a step that is being saved; here only
+    /// [`should_save`](Self::should_save) counts such a step before it is durable.
     ///
     /// # Errors
     /// When the root cannot be read.
@@ -286,7 +286,7 @@ impl CheckpointManager {
         Ok(self.all_steps()?.last().copied())
     }
 
-    /// The best step by the option `best`; the newest step without that option, None when no step has a
+    /// The best step by the option `best`. Without that option, the newest step. None when no step has a
     /// metric.
     ///
     /// # Errors
@@ -327,7 +327,7 @@ impl CheckpointManager {
     /// The checkpoint of `step`; None means the newest.
     ///
     /// # Errors
-    /// `NotFound` when there is none: never another step.
+    /// `NotFound` when there is no such step. Another step is never returned instead.
     pub fn restore(&self, step: Option<u64>) -> Result<Checkpoint> {
         match step {
             Some(step) => self.catalog.checkpoint(step),

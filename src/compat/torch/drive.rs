@@ -1,8 +1,8 @@
-//! Runs the phases of a save over any number of ranks, in torch's order: an error of one rank is an error of
-//! all.
+//! Runs the phases of a save over any number of ranks, in torch's order. An error of one rank is an error of
+//! all ranks.
 //!
 //! The ranks are those of the executor. As in torch there are two exchanges, one with the plans and one with
-//! what was written. Plans and metadata lie in notes on the storage; messages have at most a few hundred
+//! the write results. Plans and metadata are in notes on the storage, so a message has at most a few hundred
 //! bytes.
 
 use super::plan::{Metadata, SavePlan, WriteResult};
@@ -31,8 +31,8 @@ pub(super) enum Ranks<'a> {
 }
 
 impl Ranks<'_> {
-    /// As in torch, rank 0 is the coordinator, with and without collectives, and so is a rank that saves
-    /// alone.
+    /// As in torch, rank 0 is the coordinator, with and without collectives. A rank that saves alone is also
+    /// a coordinator.
     fn is_coordinator(&self) -> bool {
         let rank = match self {
             Self::Alone => 0,
@@ -43,8 +43,8 @@ impl Ranks<'_> {
     }
 }
 
-/// What this rank writes, and what is known of the whole save: on the coordinator, or on a rank that plans on
-/// its own, all of it.
+/// The plan of this rank, and the metadata of the whole save as far as this rank knows it. The coordinator,
+/// and a rank that plans on its own, know all of it.
 pub(super) struct Planned {
     pub plan: SavePlan,
     pub metadata: Metadata,
@@ -130,8 +130,8 @@ pub(super) fn resolve(
     })
 }
 
-/// [`resolve`] for the engine, which keeps the values of rank 0: it gets those that other ranks were to
-/// write. Returns when every rank has resolved.
+/// [`resolve`] for the engine, which keeps the values of rank 0: rank 0 gets the values that other ranks were
+/// to write. Returns when every rank has resolved.
 pub(super) fn resolve_together(
     planner: &mut dyn SavePlanner,
     plan: SavePlan,
@@ -158,7 +158,7 @@ pub(super) fn resolve_together(
     state.ok_or_else(|| Error::internal("the ranks go on with a save that has failed on this one"))
 }
 
-/// Finishes the plan, writes and commits; with a coordinator it returns when every rank has done so.
+/// Finishes the plan, writes and commits. With a coordinator, returns when every rank has done so.
 fn write(
     state: StateDict<'static>,
     planned: Planned,
@@ -187,8 +187,8 @@ fn write(
     serde_json::from_slice(&shared).map_err(spoilt)
 }
 
-/// Ends a save that this rank has carried out on its own: torch's barrier. It fails when that of another rank
-/// has.
+/// Ends a save that this rank has carried out on its own: torch's barrier. It fails when the save of another
+/// rank has failed.
 pub(super) fn barrier<T>(together: &Together, ended: Result<T>) -> Result<T> {
     let part = ended.as_ref().map(|_| Vec::new()).map_err(Clone::clone);
     together.exchange(Phase::Agree, part, &mut |_| Ok(Reply::Same(Vec::new())))?;

@@ -20,8 +20,8 @@ use std::time::Duration;
 /// The engine commits after the last byte without returning to the caller. `write_data` therefore resolves
 /// when the checkpoint is durable, and `finish` only reports its directory.
 ///
-/// As the storage writer of another executor it saves for this rank alone: `executor` is built with
-/// [`alone`](crate::Builder::alone). An engine of several ranks is used through a
+/// As the storage writer of another executor it saves for this rank alone: build `executor` with
+/// [`alone`](crate::Builder::alone). Use an engine of several ranks through a
 /// [`ThreadExecutor`](super::ThreadExecutor) over it.
 ///
 /// ```
@@ -64,7 +64,7 @@ impl EngineWriter {
         }
     }
 
-    /// Sets whether an existing checkpoint is replaced. With false it is a `Conflict`.
+    /// Sets whether an existing checkpoint is replaced. With false, an existing checkpoint is a `Conflict`.
     #[must_use]
     pub fn overwrite(mut self, overwrite: bool) -> Self {
         self.options.overwrite = overwrite;

@@ -16,13 +16,13 @@ use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-/// A future of the checkpoint's metadata; None when the overlap policy did not begin the save. Tasks of any
-/// runtime and threads can wait for it.
+/// A future of the checkpoint's metadata. It resolves to None when the overlap policy did not begin the save.
+/// Tasks of any runtime and threads can wait for it.
 ///
 /// Dropping it detaches: the save continues, and the next call returns an error that no call has returned.
 ///
 /// The metadata of a step that the engine has saved with several ranks is read from the tables of that step.
-/// `NotFound` then means that it was durable, and has been deleted or replaced since.
+/// `NotFound` then means that the step was durable, and has been deleted or replaced since.
 #[must_use = "dropping the future detaches the save; keep it to learn when the checkpoint is durable"]
 pub struct CheckpointFuture {
     save: Save,
@@ -33,13 +33,14 @@ pub struct CheckpointFuture {
 /// The source of the metadata, set before the save ends successfully.
 pub(super) type Told = Arc<OnceLock<Written>>;
 
-/// What is written, or was.
+/// What the save writes, or has written.
 pub(super) enum Written {
-    /// The engine writes it, as planned.
+    /// The engine writes this plan.
     Planned(SavePlan, Metadata),
-    /// A storage writer of the program has written it, and returned this metadata.
+    /// A storage writer of the program has written the state, and returned this metadata.
     Users(Metadata),
-    /// The engine writes it with several ranks: its tables say what it has. The value is the planner's.
+    /// The engine writes the step with several ranks. The tables of the step list its contents. The value is
+    /// the data of the planner.
     Together(Arc<dyn Storage>, Option<Value>),
 }
 
@@ -87,8 +88,8 @@ impl CheckpointFuture {
     /// Blocks the thread until the save has ended: torch's `result()`.
     ///
     /// # Errors
-    /// The failure of the save; `Deadline` when it has not ended after `timeout`: it continues, and can be
-    /// waited for again.
+    /// The failure of the save; `Deadline` when it has not ended after `timeout`: the save continues, and can
+    /// be waited for again.
     pub fn result(&self, timeout: Duration) -> Result<Option<Metadata>> {
         self.metadata(self.save.wait(timeout))
     }

@@ -15,11 +15,11 @@ pub trait ProcessGroup: Send + Sync {
     /// The number of ranks.
     fn world_size(&self) -> u32;
 
-    /// Sends `message` to all ranks, and returns the messages of all ranks, by rank. Every rank must call it
-    /// equally often.
+    /// Sends `message` to all ranks, and returns the messages of all ranks, by rank. Every rank must make the
+    /// same number of calls.
     ///
     /// # Errors
-    /// `Deadline` when some rank has not called it by `deadline`.
+    /// `Deadline` when some rank has not made the call by `deadline`.
     fn all_gather(&self, message: Vec<u8>, deadline: Instant) -> Result<Vec<Vec<u8>>>;
 }
 
@@ -74,11 +74,11 @@ struct GroupState {
     signal: Signal,
 }
 
-/// The messages of the current round, and those of the last complete one.
+/// The messages of the current round, and the messages of the last complete round.
 #[derive(Debug, Default)]
 struct Rounds {
     coming: Vec<Option<Vec<u8>>>,
-    /// Whether each rank has come to the current round; it may have gone at its deadline.
+    /// Whether each rank has come to the current round. A rank may have left again at its deadline.
     came: Vec<bool>,
     complete: Vec<Vec<u8>>,
     number: u64,
@@ -111,7 +111,7 @@ impl ProcessGroup for ThreadGroup {
             rounds.came[self.rank as usize] = true;
             let number = rounds.number;
             if rounds.coming.iter().all(Option::is_some) {
-                // No rank waits for the previous round any more: all of its ranks are in this one.
+                // No rank waits for the previous round any more: all ranks are in this round.
                 rounds.complete = rounds.coming.iter_mut().filter_map(Option::take).collect();
                 rounds.came.fill(false);
                 rounds.number += 1;

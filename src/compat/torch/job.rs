@@ -1,4 +1,5 @@
-//! A save for the queue's thread: its state comes later, or a storage writer of the program carries it out.
+//! A save that the queue's thread runs, because its state comes later or a storage writer of the program
+//! carries it out.
 
 use super::drive::{self, Ranks, complete};
 use super::engine::EngineWriter;
@@ -21,7 +22,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-/// How long after its deadline a save by several ranks may take to end: it ends by itself, after a veto.
+/// How long after its deadline a save by several ranks may take to end. It ends by itself, after a veto.
 const LATE: Duration = Duration::from_secs(15);
 
 #[expect(clippy::large_enum_variant, reason = "one is made for each save")]
@@ -62,7 +63,7 @@ impl Job {
     pub fn run(self, deferred: DeferredSave) {
         let claimed = deferred.claim();
         match self.who {
-            // The other ranks have to learn of a save that this one gave up.
+            // The other ranks have to learn of a save that this rank gave up.
             Who::Gather | Who::PerRank => self.together(deferred, claimed),
             Who::Alone if claimed => self.alone(deferred),
             Who::Alone => {}
@@ -95,7 +96,7 @@ impl Job {
         let Self { executor, state, mut planner, writer, who, step, deadline, id, told } = self;
         let (turn, id) = (Turn { executor: &executor, who, step, deadline }, id.as_deref());
         let state = if claimed { staged(state, &deferred, deadline) } else { Err(ended()) };
-        // From here on all ranks decide together how it ends.
+        // From here on all ranks decide together how the save ends.
         let state = state.and_then(|state| if deferred.commit() { Ok(state) } else { Err(ended()) });
         match writer {
             Writer::Engine(mut writer) => {
@@ -133,7 +134,7 @@ fn ended() -> Error {
     Error::new(ErrorKind::Cancelled, "the save ended before its state was staged")
 }
 
-/// Waits for the state; fails when the save ends first.
+/// Waits for the state. Fails when the save ends first.
 fn staged(state: Inner, deferred: &DeferredSave, deadline: Instant) -> Result<StateDict<'static>> {
     match state {
         Inner::Stream(state) => Ok(state),

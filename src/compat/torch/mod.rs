@@ -23,25 +23,25 @@
 //! the policy did not begin resolves to None.
 //!
 //! **Several ranks.** The ranks are those of the engine, which is built with
-//! [`Builder::ranks`](crate::Builder::ranks), for example with [`coordinator`] of a [`ProcessGroup`]. They
-//! save one step, with the boxes of all of them, or none: an error of one rank is the error of all and names
-//! that rank. They make the same calls in the same order. What ranks must know of each other lies in notes on
-//! the storage; a message has at most a few hundred bytes, however large plans are. The four parameters mean
-//! what they mean in torch:
+//! [`Builder::ranks`](crate::Builder::ranks), for example with [`coordinator`] of a [`ProcessGroup`]. The
+//! ranks save one step, with the boxes of all ranks, or no step. An error of one rank is the error of all
+//! ranks, and names that rank. All ranks make the same calls in the same order. Ranks exchange plans and
+//! results in notes on the storage, so a message has at most a few hundred bytes, however large plans are.
+//! The four parameters mean what they mean in torch:
 //!
 //! | parameter | meaning |
 //! |---|---|
-//! | `process_group` | none: the ranks of the engine, torch's default group. A group: must be these ranks |
+//! | `process_group` | none: the ranks of the engine, torch's default group. A group must consist of these ranks |
 //! | `no_dist` | this rank alone, as rank 0 and the coordinator; the group is ignored |
-//! | `use_collectives` | false: every rank plans by its own plan. The engine saves one step all the same |
+//! | `use_collectives` | false: every rank plans on its own. The engine still saves one step |
 //! | `is_coordinator` | true on rank 0 of the group, whatever `use_collectives` is, and on a rank that saves alone |
 //!
 //! The engine itself plans for all ranks and shares replicas out, so that no plan is exchanged unless the
-//! program gives a planner. With one, rank 0 reads the plans of all. The values of a step are those of rank
-//! 0, and those that a planner lets other ranks write; a planner is needed to save a value that only another
-//! rank has. Such a call waits until all ranks have planned; so does one after a staging future that has not
-//! come. A storage writer of the program is called on each rank, and the overlap policy does not count its
-//! saves. [`ProcessExecutor`] saves alone.
+//! program gives a planner. With a planner, rank 0 reads the plans of all ranks. A step has the values of
+//! rank 0, and the values that a planner lets other ranks write. To save a value that only another rank has,
+//! a planner is needed. A call with a planner waits until all ranks have planned. A call also waits while the
+//! staging future of an earlier call has not come. A storage writer of the program is called on each rank,
+//! and the overlap policy does not count its saves. [`ProcessExecutor`] saves alone.
 
 mod drive;
 mod engine;
@@ -84,7 +84,7 @@ pub trait AsyncCheckpointExecutor: Send + Sync {
     /// # Errors
     /// `Invalid` for options that contradict each other, that the executor cannot carry out, or that do not
     /// say where the checkpoint goes. Errors of the overlap policy. `Invalid` for tensors that the program
-    /// may write, if the save has retries or a storage writer of the program: those are read after the call
-    /// has returned, and no fence covers them. The future returns all later errors.
+    /// may write, if the save has retries or a storage writer of the program: such tensors are read after the
+    /// call has returned, and no fence covers them. The future returns all later errors.
     fn execute_save(&self, state: StagedState, options: ExecuteOptions) -> Result<CheckpointFuture>;
 }

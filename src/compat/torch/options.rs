@@ -39,9 +39,9 @@ impl ExecuteOptions {
         Self::default()
     }
 
-    /// Sets the directory of the checkpoint: one in the executor's root, such as `root/step-100`, or its name
-    /// alone. A name that is not a step's makes a checkpoint beside the steps: it is opened by its path, and
-    /// neither listed nor deleted by retention.
+    /// Sets the directory of the checkpoint: a directory in the executor's root, such as `root/step-100`, or
+    /// its name alone. A name that is not the name of a step makes a checkpoint beside the steps. Such a
+    /// checkpoint is opened by its path. It is not listed, and retention does not delete it.
     pub fn checkpoint_id(mut self, path: impl Into<PathBuf>) -> Self {
         self.checkpoint_id = Some(path.into());
         self
@@ -59,15 +59,16 @@ impl ExecuteOptions {
         self
     }
 
-    /// The ranks that save together: those of the executor's engine, which was built with
-    /// [`coordinator`](super::coordinator) of this group. Not needed then, as torch's default group is not.
+    /// Sets the ranks that save together. They must be the ranks of the executor's engine, which was built
+    /// with the [`coordinator`](super::coordinator) of this group. This option may be left out, as torch's
+    /// default group may.
     pub fn process_group(mut self, group: Arc<dyn ProcessGroup>) -> Self {
         self.process_group = Some(group);
         self
     }
 
-    /// Makes this rank save alone, as the only one and the coordinator; a process group is ignored. Where the
-    /// engine saves with other ranks, it takes a storage writer that does not.
+    /// Makes this rank save alone, as the only rank and the coordinator. A process group is ignored. Where
+    /// the engine saves with other ranks, the call needs a storage writer that does not.
     pub fn no_dist(mut self, no_dist: bool) -> Self {
         self.no_dist = no_dist;
         self
@@ -75,15 +76,15 @@ impl ExecuteOptions {
 
     /// Sets how several ranks save. With true, the coordinator gets the plans of all ranks, and the results.
     /// With false, every rank plans by its own plan alone. A storage writer of the program then commits on
-    /// every rank, and the ranks wait for each other at the end; the engine saves one step of all ranks
-    /// either way. Alone it changes nothing.
+    /// every rank, and the ranks wait for each other at the end. The engine saves one step of all ranks
+    /// either way. For a rank that saves alone, the option changes nothing.
     pub fn use_collectives(mut self, use_collectives: bool) -> Self {
         self.use_collectives = Some(use_collectives);
         self
     }
 
-    /// Sets whether an existing checkpoint is replaced, as torch does by default: the old one stays whole
-    /// until the new one is durable. With false it is a `Conflict`.
+    /// Sets whether an existing checkpoint is replaced, as torch does by default. The old checkpoint stays
+    /// whole until the new one is durable. With false, an existing checkpoint is a `Conflict`.
     pub fn overwrite(mut self, overwrite: bool) -> Self {
         self.keep_existing = !overwrite;
         self
@@ -101,24 +102,24 @@ impl ExecuteOptions {
         self
     }
 
-    /// How many places among the calls of `save` this call takes where several ranks save. It takes all of
-    /// them however it ends, so that the next call has the same place on all ranks.
+    /// How many places among the calls of `save` this call takes where several ranks save. The call takes all
+    /// its places however it ends, so that the next call has the same place on all ranks.
     pub(super) fn places(&self) -> usize {
         let plans_together = self.planner.is_some() && self.use_collectives != Some(false);
         match (self.no_dist, &self.storage_writer) {
             (true, _) => 0,
-            // Its ranks exchange plans and results in one place.
+            // The ranks of the writer exchange plans and results in one place.
             (false, Some(_)) => 1,
-            // The planner's exchanges, and the save.
+            // One place for the planner's exchanges, and one for the save.
             (false, None) => 1 + usize::from(plans_together),
         }
     }
 
-    /// Who saves, where the executor's engine saves as `member` of several ranks, or alone.
+    /// Returns who saves, for an engine that saves as `member` of several ranks, or alone.
     ///
     /// # Errors
-    /// `Invalid` for a process group that is not the ranks of the engine, and for `no_dist` with such an
-    /// engine as the writer.
+    /// `Invalid` for a process group that is not the ranks of the engine, and for `no_dist` if the writer is
+    /// an engine of several ranks.
     pub(super) fn who(&self, member: Option<Member>) -> Result<Who> {
         if self.no_dist {
             if member.is_some_and(|member| member.world > 1) && self.storage_writer.is_none() {

@@ -98,8 +98,8 @@ impl WriteItem {
         Self { fqn: fqn.into(), kind: WriteKind::Tensor { dtype, size, chunk } }
     }
 
-    /// The item of a part of a tensor: where it begins in a tensor of shape `size`; `layout` is that of the
-    /// part.
+    /// The item of a part that begins at a given place in a tensor of shape `size`. `layout` is the layout of
+    /// the part.
     pub fn part(
         fqn: impl Into<String>,
         layout: &Layout,
@@ -123,14 +123,15 @@ impl WriteItem {
         }
     }
 
-    /// The item of what a state dict has.
+    /// The item of one entry of a state dict.
     fn of(held: BoxInfo<'_>) -> Self {
         let BoxInfo { name, dtype, shape, at, extent } = held;
         let offsets = at.map_or_else(|| vec![0; extent.len()], <[usize]>::to_vec);
         Self::part(name, &Layout::new(dtype, extent), shape, offsets)
     }
 
-    /// False for an empty box of a tensor that has elements: the box that begins there has the same index.
+    /// False for an empty box of a tensor that has elements: the box that begins at the same place has the
+    /// same index.
     fn is_written(&self) -> bool {
         let WriteKind::Tensor { size, chunk, .. } = &self.kind else { return true };
         !chunk.is_empty() || size.contains(&0)
@@ -151,7 +152,8 @@ impl SavePlan {
         Self { items: Arc::new(items), ..Self::default() }
     }
 
-    /// Every tensor and value of `state`; of a tensor in boxes, those of its boxes that have elements.
+    /// A plan of every tensor and value of `state`. Of a tensor in boxes, it has the boxes that have
+    /// elements.
     pub fn of(state: &StateDict<'_>) -> Self {
         let tensors = state.held().map(WriteItem::of).filter(WriteItem::is_written);
         Self::new(tensors.chain(state.value_names().map(WriteItem::value)).collect())

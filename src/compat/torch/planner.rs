@@ -39,7 +39,7 @@ pub trait SavePlanner: Send {
     fn finish_plan(&mut self, plan: SavePlan) -> Result<SavePlan>;
 
     /// Returns the data to write: the tensors and values that `plan` names, each as planned. A planner that
-    /// renames or converts makes them here, from `state` or from its own data. A plan that does not fit the
+    /// renames or converts data does so here, from `state` or from its own data. A plan that does not fit the
     /// returned state is `Invalid`. This is torch's `resolve_data` for all items at once.
     ///
     /// # Errors
@@ -55,8 +55,8 @@ pub trait SavePlanner: Send {
 
 /// Writes every item once: of the ranks that have an item, the one with the fewest bytes so far writes it.
 ///
-/// State dicts are already flat. This planner, not its class as in torch, caches plans as long as the
-/// structure of the state stays the same on every rank.
+/// State dicts are already flat. Each planner caches its plans, as long as the structure of the state stays
+/// the same on every rank. In torch the class caches them.
 #[derive(Debug, Default)]
 pub struct DefaultSavePlanner {
     dedup_save_to_lowest_rank: bool,
@@ -132,8 +132,8 @@ impl SavePlanner for DefaultSavePlanner {
     }
 }
 
-/// Assigns each item that several ranks have to one of them: to the lowest, or, largest items first, to the
-/// one with the fewest bytes.
+/// Assigns each item that several ranks have to one of these ranks: to the lowest rank, or, largest items
+/// first, to the rank with the fewest bytes.
 fn dedup(plans: &[SavePlan], to_lowest: bool) -> Vec<SavePlan> {
     let mut ranks: HashMap<_, Vec<usize>> = HashMap::new();
     for (rank, item) in plans.iter().enumerate().flat_map(|(rank, plan)| plan.items.iter().map(move |i| (rank, i))) {

@@ -1,5 +1,5 @@
-//! The executor whose writer is a process of its own: torch's `_ProcessBasedAsyncCheckpointExecutor`. It is a
-//! [`ThreadExecutor`] whose engine keeps its steps in a [`Process`].
+//! The executor with a separate writer process: torch's `_ProcessBasedAsyncCheckpointExecutor`. It is a
+//! [`ThreadExecutor`] whose engine has a [`Process`] as its storage.
 
 use super::thread::ThreadExecutor;
 use super::{AsyncCheckpointExecutor, CheckpointFuture, ExecuteOptions, StagedState};
@@ -27,14 +27,15 @@ impl ProcessBuilder {
         self
     }
 
-    /// The program of the writer process. Unless set, `ashore` beside the executable of this process, then in
-    /// `PATH`.
+    /// Sets the program of the writer process. The default is `ashore` beside the executable of this process,
+    /// or else in `PATH`.
     pub fn program(mut self, program: impl Into<PathBuf>) -> Self {
         self.program = self.program.path(program);
         self
     }
 
-    /// The arguments by which the program becomes a writer that [serves](super::serve): `writer`.
+    /// Sets the arguments that make the program a writer, which [serves](super::serve). The default is
+    /// `writer`.
     pub fn arguments(mut self, arguments: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.program = self.program.arguments(arguments);
         self
@@ -43,7 +44,7 @@ impl ProcessBuilder {
     /// Finds the program, starts the writer process and waits until it is ready.
     ///
     /// # Errors
-    /// `Invalid` when there is no such program, or it is no writer of this version; as
+    /// `Invalid` when there is no such program, or when it is not a writer of this version; as
     /// [`Builder::build`](crate::Builder::build).
     pub fn build(self) -> Result<ProcessExecutor> {
         let Self { root, settings, program } = self;
@@ -57,8 +58,8 @@ impl ProcessBuilder {
     }
 }
 
-/// Saves by a writer process. Everything else is as with a [`ThreadExecutor`]; a future's staging is complete
-/// when the state has been handed over.
+/// Saves through a writer process. A future's staging is complete when the state has been handed over to that
+/// process. Everything else is as with a [`ThreadExecutor`].
 ///
 /// ```
 /// use ashore::compat::torch::ProcessExecutor;
@@ -92,15 +93,16 @@ impl ProcessExecutor {
         self.executor.executor()
     }
 
-    /// The writer process; None while there is none, because the last has died.
+    /// The process id of the writer process. None while there is no writer process, because the last one has
+    /// died.
     pub fn writer(&self) -> Option<u32> {
         self.process.pid()
     }
 
-    /// [`ThreadExecutor::close`]; the writer process ends, too.
+    /// [`ThreadExecutor::close`], which also ends the writer process.
     ///
     /// # Errors
-    /// As there.
+    /// As [`ThreadExecutor::close`].
     pub fn close(self, timeout: Duration) -> Result<()> {
         self.executor.close(timeout)
     }

@@ -57,7 +57,7 @@ impl Queue {
     /// Queues a save for the thread.
     pub fn push(&self, deferred: DeferredSave, job: impl FnOnce(DeferredSave) + Send + 'static) {
         self.busy.jobs.fetch_add(1, Ordering::AcqRel);
-        // Without the thread it is dropped, which ends the save.
+        // If the thread has ended, the job is dropped, which ends the save.
         let _ = self.thread.send((deferred, Box::new(job)));
     }
 
@@ -78,8 +78,8 @@ impl Queue {
     /// Waits for the saves under way, then ends the thread.
     ///
     /// # Errors
-    /// The first error that no call has returned; others are logged. `Deadline` when saves were unfinished,
-    /// which then fail; `Indeterminate` when one was being published, which may still become durable.
+    /// The first error that no call has returned; others are logged. `Deadline` when saves were unfinished:
+    /// they then fail. `Indeterminate` when a save was being published: it may still become durable.
     pub fn close(&mut self, timeout: Duration) -> Result<()> {
         if !self.thread.origin().is_ours() {
             return Ok(()); // the saves and the thread belong to the parent

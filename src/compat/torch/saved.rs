@@ -1,5 +1,5 @@
-//! The metadata of a step that the engine has saved with several ranks, as its tables have it. So no rank
-//! needs the plans of the others.
+//! The metadata of a step that the engine has saved with several ranks. It is read from the tables of the
+//! step, so no rank needs the plans of the others.
 
 use super::plan::{ChunkStorageMetadata, Metadata, StorageMeta, StorageMetadata, TensorStorageMetadata, WriteResult};
 use crate::checkpoint::Checkpoint;
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 
 /// Reads the metadata of a durable step. Each result says, as torch's `_StorageInfo` does, in which file the
-/// bytes are and where in it.
+/// bytes are, and where in that file.
 ///
 /// # Errors
 /// `NotFound` when the step was deleted or replaced since; errors of the storage.

@@ -47,9 +47,9 @@ pub struct Staging(pub(super) Inner);
 
 #[expect(clippy::large_enum_variant, reason = "one for each save")]
 pub(super) enum Inner {
-    /// Its structure is known; its tensors are promised.
+    /// The structure of the state is known. Its tensors are promised.
     Stream(StateDict<'static>),
-    /// Nothing about it is known yet.
+    /// Nothing about the state is known yet.
     Whole(Coming),
 }
 

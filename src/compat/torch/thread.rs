@@ -1,4 +1,4 @@
-//! The executor of the same process: the engine's threads, and one thread for saves that must wait.
+//! The executor in the same process. It uses the engine's threads, and one thread for saves that must wait.
 
 use super::AsyncCheckpointExecutor;
 use super::engine::EngineWriter;
@@ -91,8 +91,8 @@ impl ThreadExecutor {
     /// Waits for the saves under way, and shuts the engine down if it has no other owner.
     ///
     /// # Errors
-    /// The first error that no call has returned; others are logged. `Deadline` when saves were unfinished,
-    /// which then fail; `Indeterminate` when one was being published, which may still become durable.
+    /// The first error that no call has returned; others are logged. `Deadline` when saves were unfinished:
+    /// they then fail. `Indeterminate` when a save was being published: it may still become durable.
     pub fn close(mut self, timeout: Duration) -> Result<()> {
         let until = deadline_after(timeout);
         let closed = self.queue.close(timeout);
@@ -136,7 +136,7 @@ impl ThreadExecutor {
         id.and_then(|id| CheckpointPath::of(&self.executor, id).ok()).map_or(0, |path| path.step)
     }
 
-    /// Fails a call on the other ranks, too, in all of its places.
+    /// Fails this call on the other ranks, too, in all places that it takes.
     fn refused(&self, step: u64, places: usize, error: Error) -> Error {
         (0..places).for_each(|_| self.executor.refused(step, &error));
         error
@@ -169,7 +169,8 @@ impl AsyncCheckpointExecutor for ThreadExecutor {
         }
         let (save, deferred) = match self.executor.member() {
             None => self.executor.defer(step, options.attempt, options.timeout)?,
-            // Each rank for itself would decide otherwise on what overlaps: such saves only queue.
+            // If each rank decided by itself which saves overlap, ranks could decide differently. So such
+            // saves only queue.
             Some(_) => self.executor.stand_in(step, options.timeout).map(|(s, d)| (s, Some(d))).map_err(refused)?,
         };
         let told = Told::default();

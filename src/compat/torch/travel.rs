@@ -1,4 +1,4 @@
-//! Plans and results in the form in which ranks hand them to each other, by notes on the storage.
+//! The encoding of plans and results that ranks hand to each other in notes on the storage.
 
 use super::plan::{SavePlan, WriteItem, WriteResult};
 use crate::error::{Error, Result};
@@ -8,7 +8,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// A plan. Data of planners and writers can be anything, so it is text within.
+/// A plan. Data of planners and writers can be any JSON value, so the note has it as text.
 #[derive(Serialize, Deserialize)]
 pub(super) struct PlanNote {
     items: Vec<WriteItem>,

@@ -1,5 +1,5 @@
-//! Plans the saves of the engine, and carries out those of storage writers of the program, in the order of
-//! calls.
+//! Plans the saves of the engine, and carries out the saves of storage writers of the program, in the order
+//! of calls.
 
 use super::drive::{self, Planned, Ranks};
 use super::engine::EngineWriter;
@@ -47,7 +47,7 @@ impl<'a> Turn<'a> {
     /// all ranks, so that only a planner of the program costs an exchange.
     ///
     /// # Errors
-    /// Those of the planner and of the path, which fail the save on all ranks.
+    /// Errors of the planner and of the path. They fail the save on all ranks.
     pub fn planned(
         &self,
         state: Result<StateDict<'static>>,
@@ -63,14 +63,14 @@ impl<'a> Turn<'a> {
             (Some(planner), _) => state.and_then(|state| self.planned_by(planner, state, writer, id)).map_err(here),
             (None, _) => state.and_then(|state| drive::reset(writer, id).map(|()| (state, None))).map_err(here),
         };
-        // The place of the save is taken in any case. This rank may have failed alone, even in an exchange
-        // whose last answer only the others have received.
+        // An error also takes the place of the save. This rank may have failed alone, even in an exchange
+        // whose last answer only the other ranks have received.
         let (state, planner_data) = planned.inspect_err(|error| self.executor.refused(self.step, error))?;
         let _ = told.set(Written::Together(self.executor.storage().clone(), planner_data));
         Ok(state)
     }
 
-    /// Plans with the other ranks, in the place before that of the save.
+    /// Plans with the other ranks, in the place before the place of the save.
     fn planned_together(
         &self,
         planner: &mut (dyn SavePlanner + 'static),

@@ -10,14 +10,14 @@ use std::pin::Pin;
 /// A future of what was written.
 pub type WriteFuture = Pin<Box<dyn Future<Output = Result<Vec<WriteResult>>> + Send>>;
 
-/// Writes and commits: torch's `StorageWriter`. The engine is one, [`EngineWriter`](super::EngineWriter); a
-/// writer of your own replaces both of its parts. To store bytes elsewhere below the engine's own commit, see
-/// [`Storage`](crate::storage::Storage).
+/// Writes and commits: torch's `StorageWriter`. The engine's storage writer is
+/// [`EngineWriter`](super::EngineWriter). A writer of your own replaces both the writing and the commit. To
+/// store bytes elsewhere and keep the engine's own commit, see [`Storage`](crate::storage::Storage).
 ///
 /// The methods are called in this order, once per save; some are called on the coordinator only, as their
 /// documentation says.
 pub trait StorageWriter: Send {
-    /// Begins a save to `checkpoint_id`; None means wherever the writer writes.
+    /// Begins a save to `checkpoint_id`; None means that the writer chooses the place.
     ///
     /// # Errors
     /// Any error fails the save on every rank.
@@ -58,8 +58,8 @@ pub trait StorageWriter: Send {
     /// As [`reset`](Self::reset), also from the future.
     fn write_data(&mut self, plan: &SavePlan, state: StateDict<'static>) -> Result<WriteFuture>;
 
-    /// On the coordinator, when every rank has written: publishes the checkpoint. Until it returns there is
-    /// none.
+    /// On the coordinator, when every rank has written: publishes the checkpoint. Until it returns, there is
+    /// no checkpoint.
     ///
     /// # Errors
     /// As [`reset`](Self::reset).

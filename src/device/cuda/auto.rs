@@ -1,11 +1,11 @@
-//! A device whose GPU is chosen at the first GPU tensor that is saved, or the first GPU target of a restore.
-//! Until then no GPU is touched, and the host copies.
+//! A device that chooses its GPU at the first GPU tensor that is saved, or at the first GPU target of a
+//! restore. Until then it touches no GPU, and the host copies.
 //!
 //! # Safety argument
-//! Pages registered before the choice are pinned at it, under the lock of their guard. The arena drops the
-//! guard before it unmaps the pages, and that drop sets `Pin::Over` under the same lock. Queued copies are
-//! passed on under the contract of [`CopyQueue`]. A mark of the host is reached when it is made, so that
-//! marks of the GPU continue its count.
+//! Pages registered before the choice are pinned when the GPU is chosen, under the lock of their guard. The
+//! arena drops the guard before it unmaps the pages, and that drop sets `Pin::Over` under the same lock.
+//! Queued copies are passed on under the contract of [`CopyQueue`]. A mark of the host is reached when it is
+//! made, so the marks of the GPU continue the host's count.
 #![expect(unsafe_code, reason = "pins pages later, passes copies on; argument above")]
 
 use super::Cuda;
@@ -30,15 +30,15 @@ pub(super) struct Auto(Arc<Choice>);
 
 struct Choice {
     driver: Arc<Driver>,
-    /// The likely device, before a tensor decides.
+    /// The likely device, before a tensor decides the choice.
     hint: Option<Hint>,
     chosen: OnceLock<Cuda>,
-    /// Memory to pin at the choice. Locked while a device is chosen.
+    /// Memory to pin once the GPU is chosen. Locked while a device is chosen.
     waiting: Mutex<Vec<Weak<Mutex<Pin>>>>,
     batches: OnceLock<Result<()>>,
 }
 
-/// State of an arena's memory.
+/// The state of the arena's memory.
 enum Pin {
     Waiting {
         base: usize,
@@ -47,13 +47,13 @@ enum Pin {
     Pinned {
         _registered: Registered,
     },
-    /// The driver refused to pin it.
+    /// The driver refused to pin the memory.
     Not,
     /// The memory is about to be unmapped.
     Over,
 }
 
-/// A guard that the arena drops before it unmaps its memory.
+/// A guard. The arena drops it before it unmaps its memory.
 struct Guard(Arc<Mutex<Pin>>);
 
 impl Drop for Guard {
@@ -81,7 +81,7 @@ impl Choice {
         self.chosen.get().ok_or_else(|| Error::internal("no device is chosen yet"))
     }
 
-    /// Chooses among the devices of `streams`, and pins the memory that waits for the choice.
+    /// Chooses one of the devices of `streams`, and pins the memory that waits for the choice.
     fn choose(&self, streams: &[DeviceStream]) -> Result<&Cuda> {
         let mut waiting = lock(&self.waiting);
         if let Some(chosen) = self.chosen.get() {
@@ -262,7 +262,8 @@ impl CopyQueue for Queue {
     }
 
     fn quiesce(&mut self, deadline: Instant) -> bool {
-        // Kernels may have been queued with the copies even if no copy was: they need a queue to wait with.
+        // Kernels may have been queued with the copies even if no copy was queued. They need a queue in which
+        // to wait.
         if self.choice.chosen.get().is_some() && self.gpu().is_err() {
             return false;
         }

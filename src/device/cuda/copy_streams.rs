@@ -1,9 +1,10 @@
-//! The copy streams of one thread, one per GPU, with what was queued since the last mark and the copies held
-//! back to be batched.
+//! The copy streams of one thread, one per GPU. Each also records what was queued since the last mark, and
+//! which copies are held back for a batch.
 //!
 //! # Safety argument
-//! The caller that hands over a copy vouches for it until a later mark, or until the streams are quiescent. A
-//! copy that is held back is queued before that mark, or dropped before `quiesce` returns.
+//! The caller that hands over a copy vouches for its memory until a later mark, or until the streams are
+//! quiescent. A copy that is held back is either queued before that mark, or dropped before `quiesce`
+//! returns.
 #![expect(unsafe_code, reason = "asynchronous copies; argument above")]
 
 use super::CudaState;
@@ -68,7 +69,7 @@ impl CopyStreams {
         Ok(copy_stream)
     }
 
-    /// Times the copies of the next save, or does not.
+    /// Turns the timing of the next save's copies on or off.
     pub fn measure(&mut self, on: bool) {
         self.measured = on;
         self.streams.iter_mut().for_each(|copy_stream| copy_stream.timer.measure(on));
@@ -87,8 +88,8 @@ impl CopyStreams {
         self.each_moved(CopyStream::flush)
     }
 
-    /// Records one event per GPU that had something queued since the last mark, behind that, and passes it to
-    /// `keep` with the beginning of those copies, if they are timed.
+    /// For each GPU that had something queued since the last mark, records one event behind that work. Passes
+    /// the event to `keep`, with the beginning of those copies if they are timed.
     pub fn event(&mut self, mut keep: impl FnMut(PooledEvent, Option<Begun>)) -> Result<()> {
         self.each_moved(|copy_stream| {
             copy_stream.flush()?;
@@ -100,7 +101,8 @@ impl CopyStreams {
         })
     }
 
-    /// Runs `run` for each stream that has moved, with its context current.
+    /// Runs `run` for each stream in which something was queued since the last mark, with its context
+    /// current.
     fn each_moved(&mut self, mut run: impl FnMut(&mut CopyStream) -> Result<()>) -> Result<()> {
         for at in 0..self.streams.len() {
             if self.streams[at].moved {
@@ -110,13 +112,13 @@ impl CopyStreams {
         Ok(())
     }
 
-    /// Drops the copies that are held back, and waits until nothing that was queued runs any more. False if
-    /// that is not so by `deadline`.
+    /// Drops the copies that are held back, and waits until no queued work runs any more. Returns false if
+    /// some work may still run at `deadline`.
     pub fn quiesce(&mut self, deadline: Instant) -> bool {
         if !mutant::on(Mutant::BatchKept) {
             self.streams.iter_mut().for_each(|copy_stream| copy_stream.held.clear());
         }
-        // A lost context does no more work: the driver has stopped all of it, or does not say.
+        // A lost context does no more work: the driver has stopped all of it, or gives no answer.
         let ended = |copy_stream: &CopyStream| {
             // As in `of`, users' code may have changed the context. If the driver refuses this, it refuses
             // the query too.
@@ -134,7 +136,8 @@ impl CopyStreams {
 }
 
 impl CopyStream {
-    /// Called before a copy is queued: says when the first one since the last mark begins, if they are timed.
+    /// Called before a copy is queued. Records when the first copy since the last mark begins, if copies are
+    /// timed.
     pub fn begin(&mut self) {
         if self.timer.is_on() {
             self.timer.begin(&self.gpu, &self.stream);

@@ -1,10 +1,12 @@
-//! When a copy stream made its copies, for a trace. The timed events are made only while it is asked for.
+//! Measures, for a trace, when a copy stream made its copies. Timed events are created only while a trace
+//! asks for them.
 //!
-//! **Clocks.** A device's clock is compared with the host's once for each save, by an *anchor*: an event in a
-//! stream that has nothing else to do. It was reached between two readings of the host's clock; half of the
-//! time between them is its error.
-//! **Bounds.** Copies are made after the host has queued them and before it sees that they have ended. Times
-//! beyond these bounds, as of clocks that run apart, are moved to them, and the error then says how far.
+//! **Clocks.** Once for each save, an *anchor* compares the device's clock with the host's. An anchor is an
+//! event in a stream that has no other work. The device reached it between two readings of the host's clock,
+//! and half of the time between these readings is the error.
+//! **Bounds.** The device makes copies after the host has queued them and before the host sees that they have
+//! ended. A time outside these bounds, for example because the two clocks drift apart, is moved to the nearer
+//! bound, and its error then says how far it was moved.
 
 use super::driver::Stream;
 use super::gpu::Gpu;
@@ -15,9 +17,9 @@ use crate::mutant::{self, Mutant};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a device may take to reach an anchor. Copies are then timed by their bounds alone.
+/// Maximum time for a device to reach an anchor. After it, copies are timed by their bounds alone.
 const ANCHOR_TIMEOUT: Duration = Duration::from_millis(5);
-/// The least difference of times that the driver tells apart, in milliseconds.
+/// The smallest difference of times that the driver can report, in milliseconds.
 const RESOLUTION: f64 = 0.0005;
 
 /// The timer of one copy stream.
@@ -31,14 +33,14 @@ pub(super) struct CopyTimer {
     begun: Option<Begun>,
 }
 
-/// The beginning of copies that no completion event is behind yet.
+/// The beginning of copies that are not yet covered by a completion event.
 pub(super) struct Begun {
     queued: Instant,
-    /// In the copy stream before the first copy, and what it is compared with.
+    /// An event in the copy stream before the first copy, and the anchor of its clock.
     event: Option<(PooledEvent, Arc<Anchor>)>,
 }
 
-/// An event, and when it was reached.
+/// An event, and the host's time at which it was reached.
 struct Anchor {
     event: PooledEvent,
     at: Instant,
@@ -46,7 +48,7 @@ struct Anchor {
 }
 
 impl CopyTimer {
-    /// Begins another save, whose copies are timed or not.
+    /// Begins another save. `on` says whether to time its copies.
     pub fn measure(&mut self, on: bool) {
         (self.on, self.anchor, self.begun) = (on, None, None);
     }
@@ -55,7 +57,7 @@ impl CopyTimer {
         self.on
     }
 
-    /// Called before each copy is queued. What the driver refuses here is no error of the save.
+    /// Called before each copy is queued. A refusal of the driver here does not fail the save.
     pub fn begin(&mut self, gpu: &Gpu, copies: &Stream) {
         if !self.on || self.begun.is_some() {
             return;
@@ -95,14 +97,14 @@ impl CopyTimer {
         Ok(Anchor { event, at: before + error + wrong, error })
     }
 
-    /// What was begun since the last completion event.
+    /// Takes the beginning of the copies since the last completion event.
     pub fn take(&mut self) -> Option<Begun> {
         self.begun.take()
     }
 }
 
 impl Begun {
-    /// The time of the copies before `end`, which the host saw to be reached at `seen`.
+    /// The time of the copies before `end`, which the host saw as reached at `seen`.
     pub fn until(self, end: &PooledEvent, seen: Instant) -> CopyTime {
         let (ordinal, queued) = (end.context().ordinal, self.queued);
         let measured = self.event.and_then(|(begin, anchor)| {
@@ -114,7 +116,7 @@ impl Begun {
     }
 }
 
-/// The host's times of two moments `millis` after an anchor, within the bounds, and how far they may be off.
+/// The host's times of two moments `millis` after an anchor, moved into the bounds, and their maximum error.
 fn placed(
     anchor: (Instant, Duration),
     millis: [f32; 2],
@@ -148,7 +150,7 @@ mod tests {
         let ([begin, end], error) = placed((anchor, MS / 100), [-1.5, 2.0], bounds).unwrap();
         assert_eq!((anchor - begin, end - anchor), (MS * 3 / 2, MS * 2));
         assert_eq!(error, MS / 100 + MS / 2000);
-        // A float has a step of 4 ms after thirteen hours; here it is half of an hour.
+        // A float has a step of 4 ms after thirteen hours; this time is half an hour.
         let ([_, end], error) = placed((anchor, MS / 100), [0.0, 1_800_000.0], bounds).unwrap();
         assert_eq!(end - anchor, 1_800_000 * MS);
         assert!(error > MS / 5 && error < MS / 4, "{error:?}");

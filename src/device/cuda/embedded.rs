@@ -3,9 +3,9 @@
 
 /// The images of one module of kernels.
 pub(super) struct Images {
-    /// Machine code, each for one architecture; a GPU refuses those of others.
+    /// Machine code, each image for one architecture. A GPU refuses the images for other architectures.
     pub cubins: &'static [&'static [u8]],
-    /// Text that the driver compiles for its GPU; ends in a zero byte.
+    /// Text that the driver compiles for its GPU. It ends in a zero byte.
     pub ptx: &'static str,
 }
 

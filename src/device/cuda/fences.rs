@@ -1,11 +1,11 @@
 //! The kernels of fences, and their memory: cells, lists of slots and the watermark.
 //!
 //! The kernels and their structures are in `kernels/late_copy.cu`. The copy stream writes the watermark
-//! behind the copies that it counts; the kernels report F to the host in pinned memory.
+//! behind the copies that it counts. The kernels report F to the host in pinned memory.
 //!
 //! # Safety argument
 //! Lists of slots and cells are pinned memory that belongs to one save at a time. The host resets a cell only
-//! while no kernel uses it. Both return to their pools only when the kernels of the save have run
+//! while no kernel uses it. Lists and cells return to their pools only when the kernels of the save have run
 //! (`late_copy`). The owner of [`Fences`] drops it only when its kernels have run (`loaded`).
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
 
@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const SAVES: usize = 32;
 const BLOCK: u32 = 256;
 const GRID: u32 = 512;
-/// Value of a cell until F is reported.
+/// Value of a cell until the kernels report F.
 const UNKNOWN: u64 = u64::MAX;
 
 /// The structures below are those of `late_copy.cu`.
@@ -68,13 +68,13 @@ pub(super) struct Fences {
     latch: FunctionHandle,
     copy: FunctionHandle,
     publish: FunctionHandle,
-    /// For fences that name no stream of this device.
+    /// A stream for fences that name no stream of this device.
     own: Stream,
-    // Declared, and so dropped, before the memory that its kernels use.
+    // Declared before the memory that its kernels use, and so dropped first.
     _module: Module,
     /// One `FencePlace` per save, followed by the watermark.
     places: Memory,
-    /// One cell per save, in which the kernels report F.
+    /// One cell per save. The kernels report F in it.
     cells: Memory,
     free: Mutex<Vec<usize>>,
     /// Lists of slots that ended saves returned.
@@ -82,7 +82,7 @@ pub(super) struct Fences {
 }
 
 impl Fences {
-    /// Allocates memory and tests the kernels, so that a driver that refuses or gets something wrong does so
+    /// Allocates memory and tests the kernels, so that a driver that refuses them or runs them wrongly fails
     /// at start.
     pub fn new(gpu: &Arc<Gpu>, module: Module) -> Result<Self> {
         let fences = Self {
@@ -105,11 +105,11 @@ impl Fences {
         tried.map(|()| fences)
     }
 
-    /// Runs a fence with nothing to copy, in the copy stream, and zeroes all `places` after it.
+    /// Runs a fence with nothing to copy, in the copy stream, and then fills all `places` with zeros.
     fn try_out(&self, gpu: &Arc<Gpu>) -> Result<()> {
         gpu.copies.zero(&self.places)?;
-        // SAFETY: aligned; the memory lives as long as `self`, which its owner drops only after the stream
-        // has ended.
+        // SAFETY: the address is aligned. The memory lives as long as `self`, which its owner drops only
+        // after the stream has ended.
         unsafe { gpu.copies.write(self.watermark(), 0) }?;
         self.cell(0).store(UNKNOWN, Ordering::Release);
         let nothing = Latch { save: u64::MAX, ..self.latch_of(0) };
@@ -123,7 +123,7 @@ impl Fences {
         Err(Error::new(ErrorKind::Device, "the kernels of the fence reported a wrong value"))
     }
 
-    /// The stream of the kernels where a fence names none of this device.
+    /// The stream of the kernels of a fence that names no stream of this device.
     pub fn own(&self) -> StreamHandle {
         self.own.handle()
     }
@@ -141,7 +141,8 @@ impl Fences {
     }
 
     fn cell(&self, index: usize) -> &AtomicU64 {
-        // SAFETY: inside the cells, which live as long as `self`, aligned, and only ever used as atomics.
+        // SAFETY: the address is aligned, inside the cells, which live as long as `self`, and used only as an
+        // atomic.
         unsafe { AtomicU64::from_ptr(self.cells.pointer().add(index * size_of::<u64>()).cast()) }
     }
 
@@ -162,7 +163,7 @@ impl Fences {
         let fence = self.place(index);
         let (pieces, views, starts, slots, first) = list;
         let copy = LateCopy { fence, pieces, views, starts, slots, chunks: latch.chunks, first };
-        // SAFETY: the structures are those of the kernels; places, cells, scratch and lists outlive the
+        // SAFETY: the structures are those of the kernels. Places, cells, scratch and lists outlive the
         // kernels.
         unsafe {
             gpu.context.launch(self.latch, stream, 1, 1, latch)?;
@@ -182,13 +183,13 @@ impl Fences {
     }
 }
 
-/// The fence of one save before its kernels are queued.
+/// The fence of one save, before its kernels are queued.
 pub(super) struct Fence {
     pub cell: Arc<Cell>,
     pub latch: Latch,
 }
 
-/// The cell in which F of one save is reported, until no kernel uses it.
+/// The cell in which the kernels report F of one save, held until no kernel uses it.
 pub(super) struct Cell {
     pub fences: Arc<Fences>,
     pub index: usize,
@@ -207,7 +208,7 @@ impl Drop for Cell {
     }
 }
 
-/// A list of slots, returned to its pool when dropped.
+/// A list of slots, which returns to its pool when dropped.
 pub(super) struct List {
     pub fences: Arc<Fences>,
     pub memory: Option<Memory>,

@@ -1,8 +1,8 @@
 //! One GPU: its context, its copy stream and its pool of events.
 //!
 //! # Safety argument
-//! The arena's memory is registered here while its guard lives, which the arena drops before it unmaps the
-//! memory, as [`Register`](crate::memory::Register) requires.
+//! The arena's memory is registered here while its guard lives. The arena drops the guard before it unmaps
+//! the memory, as [`Register`](crate::memory::Register) requires.
 #![expect(unsafe_code, reason = "registers the arena; argument above")]
 
 use super::driver::{Context, Driver, Registered, Stream};
@@ -12,7 +12,7 @@ use crate::memory::Pages;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Timeout of a wait for queued work whose memory would otherwise be leaked.
+/// Maximum wait for queued work. After it, the memory of that work is leaked.
 pub(super) const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) const POLL_INTERVAL: Duration = Duration::from_micros(50);
 
@@ -22,12 +22,12 @@ pub(super) struct Gpu {
     /// The copy stream, first in, first out: all copies to the host.
     pub copies: Arc<Stream>,
     events: Arc<EventPool>,
-    /// Events that say when copies were made: none unless saves are traced.
+    /// Events that record when copies were made. The pool is empty unless saves are traced.
     timed_events: Arc<EventPool>,
 }
 
 impl Gpu {
-    /// Retains the context of device `ordinal`, and makes its copy stream and events.
+    /// Retains the context of device `ordinal`, and creates its copy stream and events.
     pub fn new(driver: Arc<Driver>, ordinal: u32) -> Result<Arc<Self>> {
         let context = Context::retain(driver, ordinal)?;
         let copies = Arc::new(context.stream()?);
@@ -35,17 +35,17 @@ impl Gpu {
         Ok(Arc::new(Self { context, copies, events, timed_events }))
     }
 
-    /// Takes an event from the pool, to which it returns when it is dropped.
+    /// Takes an event from the pool. The event returns to the pool when it is dropped.
     pub fn event(&self) -> Result<PooledEvent> {
         self.events.event()
     }
 
-    /// Takes an event that says when it was reached.
+    /// Takes an event that records when it was reached.
     pub fn timed_event(&self) -> Result<PooledEvent> {
         self.timed_events.event()
     }
 
-    /// Waits until what is in `stream` now has ended. False after a timeout.
+    /// Waits until the work that is in `stream` now has ended. Returns false after a timeout.
     pub fn settle(&self, stream: &Stream) -> bool {
         let deadline = Instant::now() + SETTLE_TIMEOUT;
         let recorded = |event: PooledEvent| event.record(stream.handle()).map(|()| event);

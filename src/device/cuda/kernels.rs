@@ -1,10 +1,10 @@
-//! The project's kernels on a device. The constructor tests them, so that a driver that refuses or gets
-//! something wrong is found before anything is saved.
+//! The project's kernels on a device. The constructor tests them, so that a driver that refuses them or runs
+//! them wrongly is found before anything is saved.
 //!
 //! # Safety argument
-//! What a launch points to is kept as `loaded` says. [`Kernels`] waits for all of it before it is dropped;
-//! after a timeout it leaks the loaded kernels and their memory. The host reads digests only after the event
-//! behind their copy is reached.
+//! `loaded` keeps the memory that a launch points to. [`Kernels`] waits for all launches before it is
+//! dropped; after a timeout it leaks the loaded kernels and their memory. The host reads digests only after
+//! the event behind their copy is reached.
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
 
 use super::CudaState;
@@ -53,7 +53,7 @@ impl Digests for PendingDigests {
             std::thread::sleep(POLL_INTERVAL);
         }
         let lengths = &self.table.lengths;
-        // SAFETY: as many numbers as there are entries, written before the event was reached and not after.
+        // SAFETY: there are as many numbers as entries, written before the event was reached and not after.
         let found =
             unsafe { std::slice::from_raw_parts(self.results.pinned()?.pointer().cast::<u64>(), lengths.len()) };
         let each = found.iter().zip(lengths).map(|(&bits, &len)| (Digest::from_bits(bits), u64::from(len)));
@@ -63,8 +63,8 @@ impl Digests for PendingDigests {
     }
 }
 
-/// The kernels of an executor. When it is dropped nothing is queued any more, and the drop waits for what
-/// still runs.
+/// The kernels of an executor. When this is dropped, no more work is queued, and the drop waits for the work
+/// that still runs.
 pub(super) struct Kernels(Arc<Loaded>);
 
 impl Kernels {
@@ -112,8 +112,8 @@ impl device::Kernels for Kernels {
         let _entered = loaded.gpu.context.enter()?;
         let table = loaded.tables.of(pieces)?;
         let all = 0..table.lengths.len() as u32;
-        // SAFETY: `keep` keeps the table; the capture pool lives as long as the kernels, and the stager keeps
-        // the tensors until what is added to `queued` is over.
+        // SAFETY: `keep` keeps the table. The capture pool lives as long as the kernels. The stager keeps the
+        // tensors until the work that is added to `queued` is over.
         let launch = || unsafe { loaded.copy(&table, all, 0, (&stream).into()) };
         let (behind, launched) = loaded.keep((&stream).into(), table.clone(), (), launch)?;
         queued.push(Arc::new(Behind(behind)));
@@ -132,8 +132,8 @@ impl device::Kernels for Kernels {
         let table = loaded.tables.of(pieces)?;
         let bytes = (table.lengths.len() * size_of::<u64>()).max(8);
         let results = Arc::new(loaded.results(bytes)?);
-        // SAFETY: `keep` keeps table and results; the stager keeps the tensors until what is added to
-        // `queued` is over.
+        // SAFETY: `keep` keeps the table and the results. The stager keeps the tensors until the work that is
+        // added to `queued` is over.
         let launch = || unsafe { loaded.digest(&table, results.device()?, (&stream).into()) };
         let (behind, launched) = loaded.keep((&stream).into(), table.clone(), results.clone(), launch)?;
         queued.push(Arc::new(Behind(behind.clone())));
@@ -141,7 +141,7 @@ impl device::Kernels for Kernels {
         loaded.results.wait(&behind)?;
         let (from, to) = (results.device()?.address(), results.pinned()?.pointer());
         let (after, copied) = loaded.keep(loaded.results.handle(), table.clone(), results.clone(), || {
-            // SAFETY: as much as the kernel wrote; `keep` keeps both ends.
+            // SAFETY: the copy is as long as the kernel's output; `keep` keeps both ends.
             unsafe { loaded.results.copy_to_host(from, to, table.lengths.len() * size_of::<u64>()) }
         })?;
         copied?;

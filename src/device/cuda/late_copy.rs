@@ -1,14 +1,14 @@
-//! Late copies: kernels in a stream of the program, or in one of ours where a fence names none of this GPU,
-//! copy the chunks that have not left the GPU when the stream reaches the fence.
+//! Late copies: when a stream of the program reaches a fence, kernels copy the chunks that have not left the
+//! GPU. The kernels run in that stream, or in a stream of ours where a fence names no stream of this GPU.
 //!
 //! `fences` has the kernels and their memory.
 //!
 //! # Safety argument
 //! Lists of slots and cells are pinned memory that belongs to one save at a time. The host writes a list
-//! before the kernels that read it are queued, and a cell only while no kernel uses it. Both return to their
-//! pools, and the table of pieces is released, only when the kernels of the save have run: dropping
+//! before it queues the kernels that read it, and a cell only while no kernel uses it. Lists and cells return
+//! to their pools, and the table of pieces is released, only when the kernels of the save have run: dropping
 //! [`Launched`] waits for that, and after a timeout leaks everything. The addresses of tensors are those of
-//! sources, which the stager keeps until F is reported or everything has left the device.
+//! sources. The stager keeps the sources until F is reported or everything has left the device.
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
 
 use super::fences::{Cell, Fence, Latch, List};
@@ -32,11 +32,11 @@ pub(super) struct Save {
 }
 
 impl Save {
-    /// None if too many saves are tracked already. The context must be current.
+    /// Returns None if too many saves are tracked already. The context must be current.
     pub fn new(loaded: &Arc<Loaded>, number: u64, base: u64, table: Arc<Table>) -> Option<Self> {
         let fence = match &loaded.late_copies {
             Ok(slots) => Some(Fence::new(&slots.fences, number, base, u32::try_from(table.chunks()).ok()?)?),
-            // The save is gathered, but not copied late.
+            // The save is gathered, but gets no late copy.
             Err(_) => None,
         };
         Some(Self { loaded: loaded.clone(), table, fence })
@@ -52,15 +52,15 @@ impl Save {
 
 impl DeviceLateCopy for Save {
     fn gather(&self, chunk: usize) -> Result<u64> {
-        // SAFETY: a save is dropped, and its table with it, only when no copy of it is queued any more.
+        // SAFETY: a save, and its table with it, is dropped only when none of its copies is queued any more.
         unsafe { self.loaded.gather(&self.table, chunk) }
     }
 
     fn publish(&self, watermark: u64) -> Result<()> {
         let (fences, gpu) = (&self.fence()?.cell.fences, &self.loaded.gpu);
         let _entered = gpu.context.enter()?;
-        // SAFETY: aligned; the watermark lives as long as the kernels, whose owner waits for the stream
-        // before it drops them.
+        // SAFETY: the address is aligned. The watermark lives as long as the kernels, whose owner waits for
+        // the stream before it drops them.
         unsafe { gpu.copies.write(fences.watermark(), watermark) }
     }
 
@@ -79,11 +79,11 @@ impl DeviceLateCopy for Save {
         let stream = stream.map_or_else(|| cell.fences.own(), |stream| (&stream).into());
         let _entered = gpu.context.enter()?;
         let memory = cell.fences.list(gpu, size_of_val(slots))?;
-        // SAFETY: large enough for all slots, aligned, and not shared yet.
+        // SAFETY: the memory is large enough for all slots, aligned, and not shared yet.
         unsafe { memory.pointer().cast::<u64>().copy_from_nonoverlapping(slots.as_ptr(), slots.len()) };
         let at = memory.address();
         let list = List { fences: cell.fences.clone(), memory: Some(memory) };
-        // Those of this GPU wrote what its kernels read.
+        // Events of this GPU are behind the work that wrote the kernels' input.
         let ours = |event: &&PooledEvent| event.context().ordinal == gpu.context.ordinal;
         for event in events_of(dependency)?.iter().filter(ours) {
             event.make_wait(stream)?;
@@ -99,7 +99,7 @@ impl DeviceLateCopy for Save {
         let arguments = (table.pieces(), table.views(), table.begins(), at, latch.chunks - slots.len() as u32);
         let (loaded, table) = (self.loaded.clone(), table.clone());
         let mut launched = Launched { whole: false, after, list: Some(list), cell: cell.clone(), table, loaded };
-        // From here on something may be queued, even if a later call fails.
+        // From here on work may be queued, even if a later call fails.
         let queued = cell.fences.queue(gpu, stream, cell.index, &latch, arguments);
         let recorded = launched.after.insist(stream);
         let queued = queued.and(recorded);
@@ -115,9 +115,9 @@ impl DeviceLateCopy for Save {
 
 /// The queued kernels of a fence, and what they use.
 struct Launched {
-    /// True if all of them were queued.
+    /// True if all kernels were queued.
     whole: bool,
-    /// An event behind them.
+    /// An event behind the kernels.
     after: PooledEvent,
     list: Option<List>,
     cell: Arc<Cell>,
@@ -135,7 +135,7 @@ impl FenceKernels for Launched {
         if self.latched().is_some() {
             return true;
         }
-        // The query also detects a lost context; the thread that asks need not have used it before.
+        // The query also detects a lost context. The thread that asks need not have used the context before.
         let ended = self.after.is_over();
         self.loaded.gpu.context.lost() || (!self.whole && ended)
     }

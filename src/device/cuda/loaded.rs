@@ -1,12 +1,12 @@
-//! The loaded kernels of a device, with memory allocated at start, and what is queued of them.
+//! The loaded kernels of a device, the memory allocated for them at start, and their queued work.
 //!
-//! `running` keeps what is queued in streams of the program until it has run.
+//! `running` keeps work that is queued in streams of the program until it has run.
 //!
 //! # Safety argument
-//! The structures are those of the sources in `kernels/`. What a launch points to, tables included, is kept
-//! by `running`, by a save that outlives its launches (`late_copy`), or by `self`, whose owner waits for all
-//! of it before it drops the last reference (`kernels`). After a timeout, memory and kernels are leaked, and
-//! so is the owner of memory that the program handed in.
+//! The structures are those of the sources in `kernels/`. The memory that a launch points to, tables
+//! included, is kept by `running`, by a save that outlives its launches (`late_copy`), or by `self`, whose
+//! owner waits for all launches before it drops the last reference (`kernels`). After a timeout, memory and
+//! kernels are leaked, and so is the owner of memory that the program handed in.
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
 
 use super::CudaState;
@@ -27,7 +27,7 @@ use std::time::Instant;
 
 const BLOCK: u32 = 256;
 const GRID: u32 = 512;
-/// Size of what `digest_tables` fills, in bytes.
+/// Size of the memory that `digest_tables` fills, in bytes.
 const DIGEST_TABLES: usize = (8 * 256 + 256 + 40) * 8;
 
 #[derive(Clone, Copy)]
@@ -51,7 +51,7 @@ struct DigestPieces {
     count: u32,
 }
 
-/// The loaded kernels. The last owner drops them when nothing runs any more.
+/// The loaded kernels. The last owner drops them when none of them runs any more.
 pub(super) struct Loaded {
     pub shared: Arc<CudaState>,
     pub gpu: Arc<Gpu>,
@@ -60,28 +60,28 @@ pub(super) struct Loaded {
     pub late_copies: Result<Slots>,
     gather: FunctionHandle,
     digest: FunctionHandle,
-    /// Size of the capture pool, the first part of `capture_memory`; the rest is for one gathered chunk.
+    /// Size of the capture pool, the first part of `capture_memory`; the rest holds one gathered chunk.
     pub captured: u64,
     running: Mutex<Vec<Running>>,
     spare: Spare,
-    /// The stream that copies digests to the host, so that no stream of the program waits for the bus.
+    /// The stream that copies digests to the host, so that no stream of the program waits for that copy.
     pub results: Stream,
-    // Declared in drop order: kernels before the memory that they use.
+    // Declared in drop order: the kernels before the memory that they use.
     modules: [Module; 2],
     pub capture_memory: Option<Memory>,
     digest_tables: Memory,
 }
 
-/// The scratch, and the kernels of fences.
+/// The scratch memory, and the kernels of fences.
 pub(super) struct Slots {
-    // Declared in drop order: kernels before the memory that they use.
+    // Declared in drop order: the kernels before the memory that they use.
     pub fences: Arc<Fences>,
     pub slots: Vec<Address>,
     _memory: Box<dyn Any + Send + Sync>,
 }
 
 impl Slots {
-    /// Allocates scratch for `count` chunks, unless the program handed it in, and tests the kernels of
+    /// Allocates scratch memory for `count` chunks, unless the program handed it in, and tests the kernels of
     /// fences.
     fn new(gpu: &Arc<Gpu>, chunk: usize, count: usize, given: Option<ProgramMemory>) -> Result<Self> {
         if count == 0 {
@@ -99,7 +99,7 @@ impl Slots {
     }
 }
 
-/// Work that was queued in a stream of the program, and what must stay until it has run.
+/// Work that was queued in a stream of the program, and the objects that must stay until it has run.
 struct Running {
     after: Arc<PooledEvent>,
     _table: Arc<Table>,
@@ -147,7 +147,7 @@ impl Loaded {
         tried.map(|()| loaded)
     }
 
-    /// Runs `digest_tables` at start, where a driver that refuses it is found out.
+    /// Runs `digest_tables` at start, so that a driver that refuses it fails at start.
     fn try_out(&self) -> Result<()> {
         let (gpu, stream) = (&self.gpu, self.gpu.copies.handle());
         let tables = self.modules[1].function(c"digest_tables")?;
@@ -155,7 +155,7 @@ impl Loaded {
         unsafe { gpu.context.launch(tables, stream, 32, BLOCK, &self.digest_tables.address()) }
     }
 
-    /// Waits until nothing runs any more. False after a timeout.
+    /// Waits until no kernel runs any more. Returns false after a timeout.
     pub fn settle(&self) -> bool {
         let _entered = self.gpu.context.enter();
         let deadline = Instant::now() + SETTLE_TIMEOUT;
@@ -175,7 +175,7 @@ impl Loaded {
         }
     }
 
-    /// Releases what has run.
+    /// Releases the work that has run.
     fn reap(&self) {
         let mut running = lock(&self.running);
         let ended: Vec<_> = running.extract_if(.., |r| r.after.is_reached().unwrap_or(false)).collect();
@@ -183,8 +183,8 @@ impl Loaded {
         drop(ended);
     }
 
-    /// Runs `launch`, and keeps what it needs until the queued work has run. Returns an event behind that
-    /// work, and whether all of it was queued. The context must be current.
+    /// Runs `launch`, and keeps the objects that it needs until the queued work has run. Returns an event
+    /// behind that work, and whether all of the work was queued. The context must be current.
     ///
     /// # Errors
     /// Nothing was queued.
@@ -198,12 +198,12 @@ impl Loaded {
         self.reap();
         let after = Arc::new(self.gpu.event()?);
         let launched = launch();
-        // Some of it may be queued even if it failed.
+        // Part of the work may be queued even if the launch failed.
         let recorded = after.insist(stream);
         let kept = Running { after: after.clone(), _table: table, _results: Box::new(results) };
         match &recorded {
             Ok(()) => lock(&self.running).push(kept),
-            // Either nothing of it runs any more, or the context is lost.
+            // Either none of that work runs any more, or the context is lost.
             Err(_) => drop(kept),
         }
         Ok((after, launched.and(recorded)))
@@ -213,7 +213,7 @@ impl Loaded {
     /// relative to `base`.
     ///
     /// # Safety
-    /// The table, and what it points to, stays until the kernel has run.
+    /// The table, and the memory that it points to, stay until the kernel has run.
     pub unsafe fn copy(&self, table: &Table, entries: Range<u32>, base: Address, stream: StreamHandle) -> Result<()> {
         let (first, count) = (entries.start, entries.end - entries.start);
         if count == 0 {
@@ -221,7 +221,7 @@ impl Loaded {
         }
         table.arrive(stream)?;
         let gather = Gather { pieces: table.pieces(), views: table.views(), base, first, count };
-        // SAFETY: as the caller says; the structure is that of the kernel.
+        // SAFETY: the caller's contract; the structure is that of the kernel.
         unsafe { self.gpu.context.launch(self.gather, stream, GRID.min(count), BLOCK, &gather) }
     }
 
@@ -239,22 +239,22 @@ impl Loaded {
     /// Queues in `stream` digests of all entries of `table`.
     ///
     /// # Safety
-    /// The table, what it points to, and `out` stay until that has run.
+    /// The table, the memory that it points to, and `out` stay until the kernel has run.
     pub unsafe fn digest(&self, table: &Table, out: &Memory, stream: StreamHandle) -> Result<()> {
         let (context, count) = (&self.gpu.context, table.lengths.len() as u32);
         table.arrive(stream)?;
         context.zero(out, stream)?;
         let (pieces, views, tables) = (table.pieces(), table.views(), self.digest_tables.address());
         let digest = DigestPieces { pieces, views, tables, out: out.address(), first: 0, count };
-        // SAFETY: as the caller says; the structure is that of the kernel.
+        // SAFETY: the caller's contract; the structure is that of the kernel.
         unsafe { context.launch(self.digest, stream, GRID.min(count.max(1)), BLOCK, &digest) }
     }
 
-    /// Queues, in the copy stream, a gather of one chunk of `table`. Returns its address, valid until the
-    /// next gather.
+    /// Queues a gather of one chunk of `table` in the copy stream. Returns the address of the gathered chunk,
+    /// valid until the next gather.
     ///
     /// # Safety
-    /// The table, and what it points to, stays until the copy stream has reached this gather.
+    /// The table, and the memory that it points to, stay until the copy stream has reached this gather.
     pub unsafe fn gather(&self, table: &Table, chunk: usize) -> Result<Address> {
         let capture_memory =
             self.capture_memory.as_ref().ok_or_else(|| Error::internal("nothing is gathered on this device"))?;
@@ -263,13 +263,13 @@ impl Loaded {
         let (Some(&first), Some(&end)) = (table.starts.get(chunk), table.starts.get(chunk + 1)) else {
             return Err(Error::internal("no such chunk"));
         };
-        // SAFETY: as the caller says.
+        // SAFETY: the caller's contract.
         unsafe { self.copy(table, first..end, base, self.gpu.copies.handle()) }?;
         Ok(base)
     }
 }
 
-/// Buffers of digests on the device and the host.
+/// Buffers for digests, on the device and on the host.
 pub(super) struct Results {
     both: Option<(Memory, Memory)>,
     spare: Spare,

@@ -1,16 +1,17 @@
-//! The GPUs of this machine, through the CUDA driver, which is found at run time.
+//! The GPUs of this machine. The CUDA driver, through which they are used, is found at run time.
 //!
-//! **Order.** Copies are queued in a stream of our own, behind events that `save` recorded, in its own
-//! thread, in the producers' streams. A fence records an event behind all copies queued so far, and the
-//! program's streams wait for it: on the GPU, not on the host.
-//! **Completion.** One event behind each chunk, queried by the stager alone.
-//! **Memory.** Events come from a pool; lists for kernels from another, which allocates only for lists longer
-//! than earlier ones. Otherwise nothing is allocated, registered or freed while a program trains.
+//! **Order.** Copies are queued in a stream of our own. They wait for events that `save`, in its own thread,
+//! recorded in the producers' streams. A fence records an event behind all copies queued so far, and the
+//! program's streams wait for that event: on the GPU, not on the host.
+//! **Completion.** One event behind each chunk, which only the stager queries.
+//! **Memory.** Events come from a pool. Lists for kernels come from another pool, which allocates only when a
+//! list is longer than all earlier lists. Otherwise nothing is allocated, registered or freed while a program
+//! trains.
 //! **Failure.** See `driver`: after an error from which a context does not recover, the driver is called only
 //! to restore a thread's previous context.
 //!
 //! # Safety argument
-//! The only unsafe operation runs the code of a library; the caller that names the library vouches that it is
+//! The only unsafe operation runs the code of a library. The caller that names the library vouches that it is
 //! a driver.
 
 mod auto;
@@ -44,7 +45,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-/// The GPUs of this machine as a device. One of them pins the arena; tensors may be on any.
+/// The GPUs of this machine as one device. One of the GPUs pins the arena. Tensors may be on any of them.
 pub struct Cuda(Arc<CudaState>);
 
 struct CudaState {
@@ -76,9 +77,9 @@ impl Cuda {
         Self::over(Driver::open(path).map_err(unavailable)?, ordinal)
     }
 
-    /// Returns the device for [`DeviceChoice::Auto`](super::DeviceChoice), and why: that of memory that was
-    /// `given`, that of the current context, or an open choice. With `now`, that of the launcher's rank, or
-    /// the first, instead of an open choice.
+    /// Returns the device for [`DeviceChoice::Auto`](super::DeviceChoice), and the reason: the device of
+    /// memory that was `given`, the device of the current context, or an open choice. With `now`, it takes
+    /// the device of the launcher's rank, or the first device, instead of an open choice.
     pub(super) fn auto(now: bool, given: Option<u32>) -> Result<(Arc<dyn Device>, String)> {
         let driver = Driver::find()?;
         let given = given.map(|ordinal| Hint { ordinal, why: "the device of the scratch memory".into() });
@@ -212,7 +213,7 @@ impl Device for Cuda {
 }
 
 impl CudaState {
-    /// Makes every stream wait for what `event` was recorded behind.
+    /// Makes every stream wait for the work that `event` was recorded behind.
     fn make_wait(&self, streams: &[DeviceStream], event: &PooledEvent) -> Result<()> {
         for stream in streams {
             let waiting = self.gpu(stream.ordinal)?;

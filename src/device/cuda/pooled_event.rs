@@ -1,5 +1,5 @@
-//! The pool of events of a GPU, and an event that returns to it when it is dropped. Recording such an event
-//! again replaces what it is behind, but earlier waits for it stay as they are.
+//! The pool of events of a GPU, and an event that returns to the pool when it is dropped. Recording such an
+//! event again replaces the work that it is behind, but earlier waits for the event keep the old meaning.
 
 use super::driver::{Context, Event};
 use crate::device::Dependency;
@@ -24,12 +24,12 @@ impl EventPool {
         Ok(Self { context: context.clone(), timed: false, events: Mutex::new(events) })
     }
 
-    /// A pool of timed events, each of which is made when it is first needed.
+    /// A pool of timed events. Each event is created when it is first needed.
     pub fn timed(context: &Arc<Context>) -> Self {
         Self { context: context.clone(), timed: true, events: Mutex::default() }
     }
 
-    /// Takes an event from the pool, to which it returns when it is dropped.
+    /// Takes an event from the pool. The event returns to the pool when it is dropped.
     pub fn event(self: &Arc<Self>) -> Result<PooledEvent> {
         let pooled = lock(&self.events).pop();
         let event = pooled.map_or_else(|| self.context.event(self.timed), Ok)?;
@@ -49,7 +49,7 @@ pub(super) struct PooledEvent {
 }
 
 impl PooledEvent {
-    /// The context of the GPU whose pool it is from.
+    /// The context of the GPU to whose pool the event belongs.
     pub fn context(&self) -> &Context {
         &self.pool.context
     }
@@ -57,7 +57,7 @@ impl PooledEvent {
     /// True when the event is reached, or never will be because the device is lost.
     pub fn is_over(&self) -> bool {
         let context = self.context();
-        // Query in any case: a query is what detects a lost context.
+        // Query in any case, because only a query detects a lost context.
         let _entered = context.enter();
         self.is_reached().unwrap_or(false) || context.lost()
     }

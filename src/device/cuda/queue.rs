@@ -1,8 +1,9 @@
-//! The stager's copy queue: a stream per GPU copies from GPUs, and the stager's own thread from the host.
+//! The stager's copy queue. One stream per GPU copies from that GPU; the stager's own thread copies from the
+//! host.
 //!
 //! # Safety argument
 //! Copies are passed on to the driver under the contract of [`CopyQueue::copy`]. A mark is reached when the
-//! events of all GPUs with a copy before it are reached, and marks are checked in order.
+//! events of all GPUs with a copy before the mark are reached. Marks are checked in order.
 #![expect(unsafe_code, reason = "asynchronous copies; argument above")]
 
 use super::CudaState;
@@ -22,16 +23,16 @@ use std::time::Instant;
 pub(super) struct Queue {
     host: HostQueue,
     streams: CopyStreams,
-    /// True if copies are held back, to be batched.
+    /// True if copies are held back for a batch.
     batch: bool,
     pending: VecDeque<ChunkEvents>,
     recorded: u64,
     reached: u64,
-    /// The times of copies that nothing has taken yet, each with the number of its completion event.
+    /// The times of copies that the caller has not taken yet, each with the number of its completion event.
     times: VecDeque<(u64, CopyTime)>,
 }
 
-/// A mark not yet known to be reached: one event for each GPU with copies before it.
+/// A mark that is not yet known to be reached: one event for each GPU with copies before it.
 struct ChunkEvents(SmallVec<[(PooledEvent, Option<Begun>); 1]>);
 
 impl Queue {
@@ -68,7 +69,7 @@ impl CopyQueue for Queue {
 
     unsafe fn fetch(&mut self, ordinal: u32, from: *const u8, to: *mut u8, len: usize) -> Result<()> {
         let copy_stream = self.streams.of(ordinal)?;
-        // Set before the call, because a call that fails may have queued the copy nevertheless.
+        // Set before the call, because a call that fails may still have queued the copy.
         copy_stream.moved = true;
         let from = from.addr() as u64;
         if self.batch {

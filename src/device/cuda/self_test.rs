@@ -1,8 +1,8 @@
-//! Self-tests at start, against the CPU, of kernels and of batched copies: a device that gets a byte wrong
-//! gathers and digests nothing, and does not batch copies.
+//! Self-tests at start of kernels and of batched copies, against the CPU. If a device gets a byte wrong, it
+//! does not gather, digest or batch copies.
 //!
 //! # Safety argument
-//! Buffers are locals that outlive what is queued: they are dropped after the stream has ended, or leaked
+//! Buffers are locals that outlive the queued work: they are dropped after the stream has ended, or leaked
 //! after a timeout. The host reads the results only after the stream has ended.
 #![expect(unsafe_code, reason = "kernels over local buffers; argument above")]
 
@@ -27,7 +27,7 @@ pub(super) fn run(kernels: &impl Kernels, gpu: &Gpu) -> Result<()> {
     let (pieces, expected) = list(sent, from.address(), to.address());
     let (sent, back) = (sent.as_ptr(), host.pointer().wrapping_add(BYTES));
     let stream = gpu.copies.as_device();
-    // Dropped unused: `settle` waits for the copy stream, and so for all that is queued.
+    // Dropped unused, because `settle` waits for the copy stream, and so for all queued work.
     let mut queued = Vec::new();
     let mut queue = || {
         // SAFETY: within the buffers, which are kept until the stream has ended.
@@ -94,7 +94,8 @@ fn vary(bytes: &mut [u8]) {
     bytes.iter_mut().enumerate().for_each(|(i, byte)| *byte = (i as u32).wrapping_mul(2_654_435_761).to_be_bytes()[0]);
 }
 
-/// Pieces to every alignment, and from nearly every other; a strided tensor; and the bytes that each must be.
+/// Pieces to every alignment, and from nearly every alignment; a strided tensor; and the expected bytes of
+/// each.
 fn list(sent: &[u8], from: u64, to: u64) -> (Pieces, Vec<Vec<u8>>) {
     let mut pieces = Pieces::default();
     let (mut expected, mut end) = (Vec::new(), 0);

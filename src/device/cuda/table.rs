@@ -1,10 +1,10 @@
-//! Lists of pieces in device memory, as kernels read them. A new list is uploaded once.
+//! Lists of pieces in device memory, in the layout that kernels read. A new list is uploaded once.
 //!
-//! Programs save the same tensors again and again, so the last few lists are kept, and compared before a new
-//! one is made.
+//! Programs save the same tensors again and again. So the last few lists are kept, and a new list is first
+//! compared with them.
 //!
 //! # Safety argument
-//! The host writes a table in pinned memory, not shared yet, before its copy to the device is queued. That
+//! The host writes a table in pinned memory, not shared yet, before it queues the copy to the device. That
 //! copy ends before any kernel reads the table, because the launching code makes the stream wait for the
 //! copy. Both memories stay as long as the table, and the launching code keeps the table until the kernel has
 //! run. Memory is reused for another list only when the copy to it has ended.
@@ -19,7 +19,7 @@ use crate::sync::{Mutex, lock};
 use std::mem::forget;
 use std::sync::Arc;
 
-/// Maximum bytes of an entry: one block of a kernel works on an entry, so longer pieces are cut.
+/// Maximum bytes of an entry. One block of a kernel works on an entry, so longer pieces are cut.
 const PIECE: u64 = 64 << 10;
 /// Number of lists kept.
 const KEPT: usize = 6;
@@ -51,7 +51,7 @@ struct Strides {
 /// One list on the device.
 pub(super) struct Table {
     pieces: Pieces,
-    /// Index of the first entry of each chunk, and the end of the last.
+    /// Index of the first entry of each chunk, and the end of the last chunk.
     pub starts: Vec<u32>,
     /// Length of each entry in bytes.
     pub lengths: Vec<u32>,
@@ -59,11 +59,11 @@ pub(super) struct Table {
     pool: Arc<Pool>,
     views: u64,
     begins: u64,
-    /// An event behind the copy to the device; present as long as `both`.
+    /// An event behind the copy to the device. Present as long as `both` is present.
     ready: Option<PooledEvent>,
 }
 
-/// Two buffers for the same bytes: pinned on the host, and on the device.
+/// Two buffers of the same bytes: one pinned on the host, one on the device.
 struct BufferPair {
     pinned: Memory,
     device: Memory,
@@ -76,7 +76,8 @@ struct Pool(Mutex<Vec<(BufferPair, PooledEvent)>>);
 /// The lists of one device.
 pub(super) struct Tables {
     gpu: Arc<Gpu>,
-    /// A stream of its own, so that no kernel waits behind copies of tensors for its list.
+    /// A stream of its own, so that a list does not wait behind copies of tensors, and kernels do not wait
+    /// for such copies.
     stream: Stream,
     kept: Mutex<Vec<Arc<Table>>>,
     pool: Arc<Pool>,
@@ -88,7 +89,7 @@ impl Tables {
         Ok(Self { gpu, stream, kept: Mutex::default(), pool: Arc::default() })
     }
 
-    /// Returns the table of this list, kept or new. The context must be current.
+    /// Returns the table of this list: a kept one, or a new one. The context must be current.
     pub fn of(&self, pieces: &Pieces) -> Result<Arc<Table>> {
         let mut kept = lock(&self.kept);
         if let Some(at) = kept.iter().rposition(|table| table.pieces == *pieces) {
@@ -122,7 +123,7 @@ impl Tables {
         // SAFETY: neither memory is reused or freed before the copy has ended.
         let queued = unsafe { self.stream.copy_to_device(both.pinned.pointer(), both.device.address(), bytes) };
         if let Err(error) = queued.and_then(|()| ready.record(self.stream.handle())) {
-            // The copy may be queued nevertheless; only the stream tells when it has ended.
+            // The copy may still be queued; only the stream tells when it has ended.
             if !self.gpu.settle(&self.stream) {
                 forget(both);
             }
@@ -140,14 +141,15 @@ impl Tables {
             return Ok(pool.swap_remove(at).0);
         }
         drop(pool);
-        // Buffers that are too small stay for smaller lists: freeing memory may wait for the whole device,
-        // and powers of two are few.
+        // Buffers that are too small stay in the pool for smaller lists: freeing memory may wait for the
+        // whole device. There are few sizes, because all are powers of two.
         let len = len.next_power_of_two().max(4096);
         Ok(BufferPair { pinned: self.gpu.context.pinned(len)?, device: self.gpu.context.memory(len)? })
     }
 }
 
-/// Writes a list as kernels read it. Returns the first entry of each chunk, and the length of every entry.
+/// Writes a list in the layout that kernels read. Returns the first entry of each chunk, and the length of
+/// every entry.
 fn fill(to: &Memory, pieces: &Pieces, part: u64, views: usize, begins: usize) -> Result<(Vec<u32>, Vec<u32>)> {
     let entries: *mut Entry = to.pointer().cast();
     let (mut starts, mut lengths) = (Vec::with_capacity(pieces.chunks + 1), Vec::new());
@@ -166,7 +168,7 @@ fn fill(to: &Memory, pieces: &Pieces, part: u64, views: usize, begins: usize) ->
                 chunk: chunk as u32,
                 unused: 0,
             };
-            // SAFETY: as many entries as were counted, at the start of the memory.
+            // SAFETY: the memory begins with space for as many entries as were counted.
             unsafe { entries.add(lengths.len()).write(entry) };
             lengths.push(bytes);
         }

@@ -1,10 +1,10 @@
-//! Copies from the host to GPUs for one thread of a restore: on each GPU in a stream of its own, separate
-//! from the copies of saves.
+//! Copies from the host to GPUs for one thread of a restore. Each GPU has a stream of its own, separate from
+//! the copies of saves.
 //!
 //! # Safety argument
-//! Copies are passed on to the driver under the contract of [`LoadQueue::load`]. A mark has an event behind
-//! the copies of each GPU that had some since the last mark; earlier copies in the same stream have ended by
-//! then too.
+//! Copies are passed on to the driver under the contract of [`LoadQueue::load`]. A mark has one event for
+//! each GPU that had copies since the last mark, recorded behind these copies. Earlier copies in the same
+//! stream have ended by then too.
 #![expect(unsafe_code, reason = "asynchronous copies; argument above")]
 
 use super::CudaState;
@@ -31,7 +31,7 @@ impl LoadQueue for Uploads {
 
     unsafe fn load(&mut self, ordinal: u32, from: *const u8, to: u64, rows: RowLayout) -> Result<()> {
         let copy_stream = self.0.of(ordinal)?;
-        // Set before the call, because a call that fails may have queued the copy nevertheless.
+        // Set before the call, because a call that fails may still have queued the copy.
         copy_stream.moved = true;
         // SAFETY: the caller's contract, passed on.
         unsafe {

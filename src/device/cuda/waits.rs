@@ -1,16 +1,16 @@
 //! Memory-waits: at a fence, streams of the program wait for a number in pinned memory instead of an event.
-//! The copy stream writes the number behind its copies; the host writes it too, without the driver, once
+//! The copy stream writes the number behind its copies. The host also writes it, without the driver, once
 //! these copies are no longer needed.
 //!
-//! A fence takes a row of numbers, one per device, and a value that is new to them. A row is reused when its
-//! guard is dropped and everything queued with it has been reached, so a number never falls.
-//! **Order.** The write is queued before the waits, and behind all that it depends on. So no wait precedes,
-//! in any hardware queue that streams share, the write that ends it.
+//! A fence takes a row of numbers, one per device, and a value that is new to this row. A row is reused when
+//! its guard is dropped and everything queued with it has been reached, so a number never falls.
+//! **Order.** The write is queued before the waits, and behind all work that it depends on. So in any
+//! hardware queue that streams share, no wait precedes the write that ends it.
 //!
 //! # Safety argument
-//! The numbers are pinned memory that only devices and atomics touch, aligned, and inside their allocation.
-//! It is freed when everything that was queued with its address has been reached; where that is unknown, it
-//! is leaked.
+//! The numbers are aligned, inside their allocation, in pinned memory that only devices and atomics touch.
+//! The memory is freed when everything that was queued with its address has been reached; if that cannot be
+//! known, it is leaked.
 #![expect(unsafe_code, reason = "numbers that a device and the host share; argument above")]
 
 use super::CudaState;
@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 
 /// Maximum number of pending fences.
 const FENCES: usize = 32;
-/// Minimum number of hardware queues: with fewer, unrelated streams share one.
+/// Minimum number of hardware queues. With fewer, unrelated streams share one queue.
 const CONNECTIONS: u32 = 8;
 /// How long the self-test lets a wait last before it ends the wait.
 const TRIAL: Duration = Duration::from_millis(1);
@@ -54,7 +54,7 @@ struct Row {
     value: u32,
     /// Events behind the writes, then behind the waits.
     behind: Vec<PooledEvent>,
-    /// True if something was queued without an event behind it.
+    /// True if work was queued without an event behind it.
     lost: bool,
 }
 
@@ -93,7 +93,8 @@ impl Rows {
 
     fn number(&self, row: usize, device: u32) -> Option<&AtomicU32> {
         let at = self.numbers.as_ref()?.pointer().wrapping_add(self.offset(row, device));
-        // SAFETY: inside the numbers, which live as long as `self`, aligned, and only ever used as atomics.
+        // SAFETY: the address is aligned, inside the numbers, which live as long as `self`, and used only as
+        // an atomic.
         Some(unsafe { AtomicU32::from_ptr(at.cast()) })
     }
 
@@ -110,14 +111,14 @@ impl Rows {
         unsafe { context.write_number(self.address(row, context.ordinal), value, stream) }
     }
 
-    /// Makes later work in `stream`, which is of `context`, wait until the number of `device` is `value`.
+    /// Makes later work in `stream`, a stream of `context`, wait until the number of `device` is `value`.
     fn wait(&self, context: &Context, row: usize, device: u32, value: u32, stream: StreamHandle) -> Result<()> {
         // SAFETY: as above.
         unsafe { context.wait_number(self.address(row, device), value, stream) }
     }
 
-    /// Tests waits in a stream of our own, so that a driver that refuses or ignores one blocks no stream of
-    /// the program.
+    /// Tests waits in a stream of our own, so that a driver that refuses or ignores a wait blocks no stream
+    /// of the program.
     fn try_out(&self) -> Result<()> {
         let (gpu, here) = (&self.home, self.home.context.ordinal);
         let stream = gpu.context.stream()?;
@@ -140,7 +141,7 @@ impl Rows {
             if settled && written { Ok(()) } else { refused("a write by the device does not reach its number") }
         };
         let tried = by_host().and_then(|()| by_device());
-        // This ends everything that is queued, if anything can.
+        // This store ends all queued waits, unless the driver is broken.
         self.end(0, 2);
         lock(&self.rows)[0].value = 2;
         if gpu.settle(&stream) && gpu.settle(&gpu.copies) {
@@ -150,14 +151,14 @@ impl Rows {
         tried.and(refused("a wait of the self-test did not end"))
     }
 
-    /// Marks row 0 as lost and leaks the stream: the end of what is queued cannot be known.
+    /// Marks row 0 as lost and leaks the stream, because the end of the queued work cannot be known.
     fn give_up(&self, stream: Stream) {
         lock(&self.rows)[0].lost = true;
         forget(stream);
     }
 
-    /// Queues the writes in the copy streams, and the waits for them in `streams`. None when too many fences
-    /// are pending.
+    /// Queues the writes in the copy streams, and the waits for them in `streams`. Returns None when too many
+    /// fences are pending.
     fn order(self: &Arc<Self>, streams: &[DeviceStream]) -> Result<Option<WaitGuard>> {
         self.shared.refuse_captures(streams)?;
         let mut rows = lock(&self.rows);
@@ -170,7 +171,7 @@ impl Rows {
         // From here on the guard ends the waits, however this call ends.
         let guard = Guard { rows: self.clone(), index, value, origin: ForkGuard::new() };
         let gpus = self.shared.in_use();
-        // Take the events before anything is queued: only they tell when the row is free again.
+        // Take the events before anything is queued, because only they tell when the row is free again.
         for ordinal in gpus.iter().map(|gpu| gpu.context.ordinal).chain(streams.iter().map(|stream| stream.ordinal)) {
             row.behind.push(self.shared.gpu(ordinal)?.event()?);
         }
@@ -199,7 +200,7 @@ impl Rows {
     }
 }
 
-/// Queues `work` in `stream`, which is of the event's device, and records the event behind it.
+/// Queues `work` in `stream`, a stream of the event's device, and records the event behind it.
 fn queue(
     event: &PooledEvent,
     stream: StreamHandle,
@@ -208,8 +209,8 @@ fn queue(
 ) -> Result<()> {
     let _entered = event.context().enter()?;
     let queued = work(event.context());
-    // Record even if the work failed, because it may be queued nevertheless. Try twice: only the event tells
-    // when it ends.
+    // Record even if the work failed, because it may still be queued. Try twice, because only the event tells
+    // when the work ends.
     let recorded = event.record(stream).or_else(|_| event.record(stream));
     *lost |= recorded.is_err();
     queued.and(recorded)

@@ -1,4 +1,4 @@
-//! Whether a crash can leave a tree that was found on a disk.
+//! Decides whether a crash can leave a tree that was found on a disk.
 
 use super::disk::{Change, Disk, Object, Op, SECTOR, enter, names};
 use super::image::{Entries, Ino, ROOT};
@@ -8,10 +8,10 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Up to this many pending operations that share names: their sets are tried one by one.
+/// Maximum number of pending operations that share names for which each of their sets is tried.
 const LINKED_MAX: usize = 20;
 
-/// What a directory or file holds.
+/// The contents of a directory or file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Tree {
     /// The bytes of a file.
@@ -24,7 +24,7 @@ impl Tree {
     /// Reads the tree at `path`, without the entries named in `without`, at any depth.
     ///
     /// # Errors
-    /// Those of reading, and `InvalidData` for an entry that is neither a file nor a directory.
+    /// The errors of reading, and `InvalidData` for an entry that is neither a file nor a directory.
     pub fn read(path: &Path, without: &[&str]) -> io::Result<Self> {
         let mut entries = BTreeMap::new();
         for entry in path.read_dir()? {
@@ -46,9 +46,9 @@ impl Tree {
 impl Disk {
     /// Returns why a crash now cannot leave `found`, or None if it can.
     ///
-    /// Every set of pending changes that [`Disk::pending`] allows is considered: of each directory the sets
-    /// of operations that share names, because others do not concern each other, and of a file the lengths
-    /// and then each sector by itself.
+    /// The check considers every set of pending changes that [`Disk::pending`] allows. For a directory, it
+    /// tries the sets of operations that share names, because operations on different names are independent.
+    /// For a file, it tries the lengths and then each sector separately.
     pub(super) fn refuses(&self, found: &Tree) -> Option<String> {
         self.look(ROOT, found).err()
     }
@@ -68,7 +68,7 @@ impl Disk {
         }
     }
 
-    /// Whether a name leads to the same in a simulated directory and in the one that was found.
+    /// Whether a name leads to the same object in a simulated directory and in the directory that was found.
     fn same(&self, name: &OsString, left: &Entries, found: &BTreeMap<OsString, Tree>) -> Result<(), String> {
         let below = |why: String| format!("{}: {why}", name.to_string_lossy());
         match (left.get(name), found.get(name)) {
@@ -79,7 +79,7 @@ impl Disk {
         }
     }
 
-    /// Whether a set of a group of operations leaves what was found under its names.
+    /// Whether some set of a group of operations leaves what was found under the group's names.
     fn some_set(
         &self,
         group: &Linked<'_>,
@@ -106,7 +106,7 @@ impl Disk {
     }
 }
 
-/// Pending operations of one directory that share names, directly or through others.
+/// Pending operations of one directory that share names, directly or through other operations.
 #[derive(Debug)]
 struct Linked<'a> {
     ops: Vec<usize>,
@@ -130,8 +130,8 @@ fn shares(one: &Op, other: &Op) -> bool {
     names(other).iter().flatten().any(|name| names(one).contains(&Some(name)))
 }
 
-/// Whether a crash can leave `found` of a file. Each sector is looked at by itself, because each keeps or
-/// loses a write by itself; the lengths are kept in their order.
+/// Whether a crash can leave `found` as the content of a file. Each sector is checked separately, because
+/// each sector keeps or loses a write independently. The lengths are kept in their order.
 fn content(durable: &[u8], pending: &[Change], found: &[u8]) -> Result<(), String> {
     let lengths: Vec<usize> =
         pending.iter().filter_map(|c| if let Change::Size(len) = c { Some(*len) } else { None }).collect();
@@ -150,7 +150,8 @@ fn content(durable: &[u8], pending: &[Change], found: &[u8]) -> Result<(), Strin
     Err(why)
 }
 
-/// Returns what the sector at `at` may hold when the first `kept` changes of the length are on the disk.
+/// Returns the possible contents of the sector at `at` when the first `kept` changes of the length are on the
+/// disk.
 fn versions(durable: &[u8], pending: &[Change], kept: usize, at: usize) -> Vec<Vec<u8>> {
     let mut first = durable.get(at..durable.len().min(at + SECTOR)).unwrap_or_default().to_vec();
     first.resize(SECTOR, 0);
@@ -196,7 +197,7 @@ mod tests {
             path.split('/').fold(self, |at, name| at.entries().get_mut(&OsString::from(name)).unwrap())
         }
 
-        /// A directory that is there keeps its entries: `paths` may name them before it.
+        /// A directory that exists keeps its entries: `paths` may name these before the directory.
         fn put(&mut self, path: &str, tree: Self) {
             let mut at = self;
             let mut names = path.split('/').peekable();
@@ -213,8 +214,8 @@ mod tests {
         fd
     }
 
-    /// A step that is published after another one, which is then deleted: all kinds of operations are pending
-    /// at some moment.
+    /// A program that publishes a step after another one, and then deletes the older one. At some moment each
+    /// kind of operation is pending.
     fn program() -> SimFs {
         let fs = SimFs::new();
         let root = fs.open(None, Path::new("/"), Open::Dir, false).unwrap();
@@ -282,7 +283,7 @@ mod tests {
         assert!(flipped.contains("b: shard: 1200 bytes, and the sector at 512 holds what it never held"), "{flipped}");
         let cut = refused(&|tree| *tree.at("b/shard") = Tree::File(vec![1; 700]));
         assert!(cut.contains("b: shard: 700 bytes, and the lengths were 1200 and []"), "{cut}");
-        // `a` was durable, and is `trash` now: it cannot be gone, nor be there twice.
+        // `a` was durable, and is now `trash`: it can neither be missing nor exist twice.
         let gone = refused(&|tree| drop(tree.entries().remove(&OsString::from("trash"))));
         assert!(gone.contains("trash: it must be there"), "{gone}");
         let twice = refused(&|tree| tree.put("a", Tree::Dir(BTreeMap::new())));

@@ -1,4 +1,4 @@
-//! The system calls: each may have a fault, and otherwise does its work on the [`State`].
+//! The system calls. Each may have a fault; without one, it does its work on the [`State`].
 
 use super::SimFs;
 use super::disk::SECTOR;

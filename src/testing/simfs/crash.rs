@@ -6,10 +6,10 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Up to this many pending changes, every possible set of them is tried.
+/// Maximum number of pending changes for which every possible set is tried.
 const EXHAUSTIVE: usize = 6;
 
-/// What happened on a [`SimFs`](super::SimFs) until now: the disk it booted from and the log of its
+/// The history of a [`SimFs`](super::SimFs) so far: the disk from which it booted, and the log of its
 /// operations.
 #[derive(Clone, Debug)]
 pub struct History {
@@ -17,10 +17,10 @@ pub struct History {
     pub(super) log: Arc<Vec<Op>>,
 }
 
-/// A crash, and what the next boot finds.
+/// A crash, and the disk that the next boot finds.
 #[derive(Debug)]
 pub struct Crash {
-    /// The number of operations before the crash. What was acknowledged up to this position must have
+    /// The number of operations before the crash. Data that was acknowledged up to this position must have
     /// survived.
     pub position: usize,
     /// The disk.
@@ -28,23 +28,25 @@ pub struct Crash {
 }
 
 impl History {
-    /// The number of operations. A crash can come before the first, after the last and between any two.
+    /// The number of operations. A crash can come before the first operation, after the last, and between any
+    /// two.
     pub fn len(&self) -> usize {
         self.log.len()
     }
 
-    /// True when nothing happened.
+    /// True when there were no operations.
     pub fn is_empty(&self) -> bool {
         self.log.is_empty()
     }
 
-    /// Makes images of crashes after `n` operations for each `n` in `positions`, at most `limit` for each
+    /// Makes images of crashes after `n` operations, for each `n` in `positions` and at most `limit` for each
     /// `n`.
     ///
-    /// Only `seed` determines the choice. For few pending changes it is every set of them. Otherwise: none
-    /// and all of them, each change alone and each one missing, each directory or file alone and missing,
-    /// every prefix, and random sets; writes complete and torn. Most sets that were possible one operation
-    /// earlier are left out. Images can be equal; see [`Image::hash`].
+    /// Only `seed` determines the choice. For few pending changes the images cover every set of them.
+    /// Otherwise they cover these sets: none and all of them, each change alone and each one missing, each
+    /// directory or file alone and missing, every prefix, and random sets; with complete and with torn
+    /// writes. Most sets that were possible one operation earlier are left out. Images can be equal; see
+    /// [`Image::hash`].
     pub fn crashes(&self, positions: Range<usize>, seed: u64, limit: usize) -> Crashes {
         let mut disk = Disk::new(&self.base);
         let start = positions.start.min(self.log.len());
@@ -66,7 +68,8 @@ impl History {
         crashes
     }
 
-    /// Returns the disk if nothing is lost: the running system's own view, as after a killed process.
+    /// Returns the disk if nothing is lost. This is the running system's own view, as after a process is
+    /// killed.
     pub fn everything(&self) -> Image {
         let mut disk = Disk::new(&self.base);
         self.log.iter().for_each(|op| disk.apply(op));
@@ -140,7 +143,7 @@ fn choices(units: &[Unit], limit: usize, first: bool, rng: &mut Rng) -> Vec<Vec<
         if chosen.len() >= limit {
             break;
         }
-        // Data is only visible under a name and within a length, so these are kept more often.
+        // Data is only visible under a name and within a length, so names and lengths are kept more often.
         let (names, data) = ([4, 7, 8, 8][rng.below(4)], [1, 4, 7, 8][rng.below(4)]);
         let keep = |unit: &Unit| if matches!(unit.what, What::Data { .. }) { data } else { names };
         let wanted: Vec<_> = units.iter().map(|unit| unit.newest || rng.below(8) < keep(unit)).collect();
@@ -153,7 +156,7 @@ fn choices(units: &[Unit], limit: usize, first: bool, rng: &mut Rng) -> Vec<Vec<
     chosen.into_iter().collect()
 }
 
-/// Removes changes that are not visible in the image: objects without a name, sectors beyond the length.
+/// Removes changes that are not visible in the image: objects without a name, and sectors beyond the length.
 fn visible(units: &[Unit], mut takes: Vec<Take>) -> Vec<Take> {
     let mut file = (0, 0);
     for i in (0..units.len()).rev() {
@@ -184,8 +187,8 @@ fn visible(units: &[Unit], mut takes: Vec<Take>) -> Vec<Take> {
     takes
 }
 
-/// Returns every set of a few pending changes. For many: each alone and each missing, and the same for
-/// objects and prefixes.
+/// Returns every set of a few pending changes. For many changes, returns each change alone and each change
+/// missing, and the same for objects and prefixes.
 fn systematic(units: &[Unit], all: &[Take], none: &[Take]) -> Vec<Vec<Take>> {
     let mut sets = Vec::new();
     if units.len() <= EXHAUSTIVE {
@@ -252,7 +255,7 @@ fn tear(units: &[Unit], takes: &[Take], rng: &mut Rng) -> Vec<Take> {
     units.iter().zip(takes).map(torn).collect()
 }
 
-/// A small random number generator (splitmix64): the same seed gives the same numbers everywhere.
+/// A small random number generator (splitmix64). The same seed gives the same numbers everywhere.
 #[derive(Clone, Debug)]
 pub struct Rng(u64);
 

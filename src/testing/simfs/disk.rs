@@ -1,6 +1,6 @@
 //! The simulated disk: what is durable, and which changes are pending.
 //!
-//! It is rebuilt from the log of operations up to the crash. The crash may keep or lose each pending
+//! The disk is rebuilt from the log of operations up to the crash. The crash may keep or lose each pending
 //! [`Change`] independently, within the order that every file system keeps: see [`Disk::pending`].
 
 use super::image::{Content, Entries, Image, Ino, Node, ROOT};
@@ -8,13 +8,13 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::sync::Arc;
 
-/// The unit that a disk writes completely or not at all.
+/// The unit of writing: a disk writes a sector completely or not at all.
 pub(super) const SECTOR: usize = 512;
 
-/// The effect of a call on the file system. The log has them in order.
+/// The effect of a call on the file system. The log has the effects in order.
 #[derive(Clone, Debug)]
 pub(super) enum Op {
-    /// Creates an empty file or directory, and its name.
+    /// Creates an empty file or directory, and an entry with its name.
     Create { dir: Ino, name: OsString, ino: Ino, file: bool },
     /// Gives a file another name.
     Link { dir: Ino, name: OsString, ino: Ino },
@@ -22,10 +22,10 @@ pub(super) enum Op {
     Unlink { dir: Ino, name: OsString },
     /// Moves a name, or exchanges two.
     Rename { dir: Ino, from: OsString, to: OsString, exchange: bool },
-    /// Writes whole sectors as the running system sees them after the write; `grown` is the length, if the
-    /// write made the file longer.
+    /// Writes whole sectors, with the content that the running system sees after the write. `grown` is the
+    /// new length, if the write made the file longer.
     Write { ino: Ino, at: usize, sectors: Arc<[u8]>, grown: Option<usize> },
-    /// Sets a length: a longer file reads as zeros, a shorter one frees the rest.
+    /// Sets a length. The added part of a longer file reads as zeros; a shorter file frees the rest.
     Resize { ino: Ino, len: usize },
     /// Makes a file or directory durable.
     Fsync { ino: Ino },
@@ -48,15 +48,15 @@ pub(super) enum Object {
 /// A change that a crash may keep or lose.
 #[derive(Debug)]
 pub(super) struct Unit {
-    /// The inode that it changes.
+    /// The inode that the unit changes.
     pub(super) ino: Ino,
-    /// The units that name this object, if all its names are pending too; empty otherwise. If all of them are
-    /// lost, this unit is not visible.
+    /// The units that name this object, if all its names are pending too; empty otherwise. If all these units
+    /// are lost, this unit is not visible.
     pub(super) under: Vec<usize>,
     /// The units without which this one cannot be on the disk.
     pub(super) needs: Vec<usize>,
     pub(super) what: What,
-    /// The last operation made it: without it the image was already possible.
+    /// True if the last operation made the unit. Without the unit, the image was already possible.
     pub(super) newest: bool,
 }
 
@@ -64,9 +64,9 @@ pub(super) struct Unit {
 pub(super) enum What {
     /// An operation on names.
     Name,
-    /// A length of a file.
+    /// The length of a file.
     Size { len: usize },
-    /// A number of sectors of a file from an offset, and the durable length of the file.
+    /// The number of sectors of a file from an offset on, and the durable length of the file.
     Data { at: usize, sectors: usize, durable: usize },
 }
 
@@ -75,7 +75,7 @@ pub(super) enum What {
 pub(super) enum Take {
     Nothing,
     Everything,
-    /// The sectors of a write whose bit is set; after 64 sectors the bits repeat.
+    /// The sectors of a write whose bit is set. After 64 sectors the bits repeat.
     Torn(u64),
 }
 
@@ -105,7 +105,7 @@ impl Disk {
         Self { objects: image.nodes.iter().map(|(ino, node)| (*ino, object(node))).collect(), last: (ROOT, 0) }
     }
 
-    /// Performs `op` on the running system: it becomes pending, or makes pending changes durable.
+    /// Performs `op` on the running system: `op` becomes pending, or makes pending changes durable.
     pub(super) fn apply(&mut self, op: &Op) {
         self.last = match op {
             Op::Create { dir, .. } | Op::Link { dir, .. } | Op::Unlink { dir, .. } | Op::Rename { dir, .. } => {
@@ -161,13 +161,13 @@ impl Disk {
         }
     }
 
-    /// Returns everything that a crash may keep or lose now. Order is kept only where every file system keeps
-    /// it: operations on the same name of a directory, and the lengths of one file. Objects that no entry can
-    /// lead to are left out.
+    /// Returns every change that a crash may keep or lose now. Order is kept only where every file system
+    /// keeps it: for operations on the same name of a directory, and for the lengths of one file. Objects
+    /// that no entry can lead to are left out.
     pub(super) fn pending(&self) -> Vec<Unit> {
         let mut units = Vec::new();
         let mut dirs = vec![(ROOT, None)];
-        // The names of each file, each with the unit without which it is not there.
+        // The names of each file, each with the unit without which the name does not exist.
         let mut files = BTreeMap::<Ino, Vec<Option<usize>>>::new();
         let mut next = 0;
         while let Some(&(ino, under)) = dirs.get(next) {
@@ -188,7 +188,7 @@ impl Disk {
                 units.push(Unit { ino, under: under.into_iter().collect(), needs, what: What::Name, newest: false });
             }
         }
-        // After all directories, because each name of a file may be in another one.
+        // After all directories, because each name of a file may be in a different directory.
         for (ino, under) in files {
             let Some(Object::File { durable, pending }) = self.objects.get(&ino) else { continue };
             let under: Vec<_> = under.into_iter().collect::<Option<_>>().unwrap_or_default();
@@ -234,7 +234,7 @@ impl Disk {
     }
 }
 
-/// The object that a change gives a name.
+/// The object to which a change gives a name.
 fn named(op: &Op) -> Option<Ino> {
     if let Op::Create { ino, .. } | Op::Link { ino, .. } = op { Some(*ino) } else { None }
 }

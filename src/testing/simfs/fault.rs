@@ -26,9 +26,9 @@ pub enum Call {
 /// A fault: a future call that fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// Which kind of call; any kind when `None`.
+    /// The kind of call; any kind when `None`.
     pub call: Option<Call>,
-    /// How many calls of that kind succeed before.
+    /// How many calls of that kind succeed first.
     pub after: u64,
     /// The error code.
     pub errno: i32,

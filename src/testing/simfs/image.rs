@@ -11,7 +11,7 @@ pub(super) type Entries = BTreeMap<OsString, Ino>;
 /// The root directory.
 pub(super) const ROOT: Ino = 1;
 
-/// The bytes of a file; hashed once, shared by all images that contain them.
+/// The bytes of a file. They are hashed once, and shared by all images that contain them.
 #[derive(Debug)]
 pub(super) struct Content {
     pub(super) bytes: Arc<Vec<u8>>,
@@ -31,7 +31,7 @@ pub(super) enum Node {
     Dir(Arc<Entries>),
 }
 
-/// The content of a disk: what a machine finds when it boots after a crash.
+/// The content of a disk that a machine finds when it boots after a crash.
 #[derive(Clone, Debug)]
 pub struct Image {
     pub(super) nodes: BTreeMap<Ino, Node>,
@@ -43,8 +43,8 @@ impl Image {
         Self { nodes: BTreeMap::from([(ROOT, Node::Dir(Arc::default()))]) }
     }
 
-    /// Hashes every name and every byte, but no inode numbers. Equal for equal trees, in every run. Of a name
-    /// that begins with `random`, only that prefix counts.
+    /// Hashes every name and every byte, but no inode numbers. The hash is the same for equal trees, in every
+    /// run. For a name that begins with `random`, only that prefix counts.
     pub fn hash(&self, random: Option<&str>) -> u64 {
         self.hash_of(ROOT, random.unwrap_or("/").as_bytes())
     }
@@ -66,8 +66,8 @@ impl Image {
         hasher.finish()
     }
 
-    /// Returns every file with its bytes and every directory with `None`, by path from the root, without the
-    /// root.
+    /// Returns every file with its bytes and every directory with `None`, by path from the root. The root
+    /// itself is left out.
     pub fn paths(&self) -> BTreeMap<String, Option<Arc<Vec<u8>>>> {
         let mut paths = BTreeMap::new();
         self.collect(ROOT, "", &mut paths);

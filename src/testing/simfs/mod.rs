@@ -1,33 +1,35 @@
-//! A simulated file system in memory, below the system calls: what a machine may find after a crash.
+//! A simulated file system in memory, below the system calls. It shows what a machine may find after a crash.
 //!
-//! A [`SimFs`] behaves like a file system to the code that runs on it, and logs everything that changed it.
-//! From the log, [`History::crashes`] makes the disks that a crash after any operation can leave. The calls
-//! and a seed determine everything.
+//! A [`SimFs`] behaves like a file system to the code that runs on it, and logs every change. From the log,
+//! [`History::crashes`] makes the disks that a crash after any operation can leave. The calls and a seed
+//! determine all results.
 //!
-//! What it models:
+//! The model covers:
 //! - **Data.** Any subset of the writes since the last fsync of the file may have reached the disk, each torn
-//!   at any sector of 512 bytes. Writes are parallel: there is no order among them.
-//! - **Length.** Growth, allocation and truncation are changes separate from data; the lengths of one file
-//!   keep their order. Bytes within the length that no write reached read as zeros.
+//! at any sector of 512 bytes. Writes have no order among each other.
+//! - **Length.** Growth, allocation and truncation are changes separate from data. The lengths of one file
+//! keep their order. Bytes within the length that no write reached read as zeros.
 //! - **Names.** An fsync of a file makes its data and length durable, never its name. An fsync of a directory
-//!   makes that directory's entries durable, and nothing below or above. Creations, removals and renames
-//!   since the last one may each be lost, in any combination that keeps the order of operations on the same
-//!   name.
+//! makes that directory's entries durable, and nothing below or above. Creations, removals and renames since
+//! the directory's last fsync may each be lost, in any combination that keeps the order of operations on the
+//! same name.
 //! - **Rename** (plain, no-replace, exchange) is atomic, and may be lost until the directory is fsynced.
-//! - **Links** of a file are names of the same bytes, and each is made durable by its own directory. So a
-//!   name may be durable while no byte of the file is: the file then has its durable length, which is 0
-//!   before its first fsync. The file is freed with its last name and its last descriptor.
-//! - **Clones** are new files, where the file system has them: until an fsync of its own, a clone may be
-//!   empty, in part as the source was, or without what was written into it since.
-//! - **Permissions**: a file that was protected opens for no writing until a crash.
-//! - **Unlink** that is lost brings the name back, and the file with its durable content.
-//! - **A failed fsync** of a file drops the pending data: the running system still reads it, the disk never
-//!   gets it. It is reported once per descriptor, and the next fsync succeeds. A failed fsync of a directory
-//!   leaves its entries pending (file systems stop altogether when they cannot write names).
-//! - **Locks** belong to descriptors and end with them; a crash ends all.
+//! - **Links** of a file are names of the same bytes. An fsync of its own directory makes each durable. So a
+//! name may be durable while no byte of the file is durable: the file then has its durable length, which is 0
+//! before its first fsync. The file is freed with its last name and its last descriptor.
+//! - **Clones** are new files, where the file system supports clones. Until a clone has its own fsync, it may
+//! be empty, have a part of the source's content, or lack data that was written into it later.
+//! - **Permissions**: a protected file cannot be opened for writing until a crash.
+//! - **Unlink**: if it is lost, the name is back, and the file has its durable content.
+//! - **A failed fsync** of a file drops the pending data: the running system still reads the data, but the
+//! disk never gets it. The failure is reported once per descriptor, and the next fsync succeeds. A failed
+//! fsync of a directory leaves its entries pending (file systems stop altogether when they cannot write
+//! names).
+//! - **Locks** belong to descriptors and end with them; a crash ends all locks.
 //!
-//! What it leaves out: time (every age is zero), symbolic links, sparse files larger than memory, the order
-//! that a journal would add (fewer images, all of them among these), bytes damaged after they were durable.
+//! The model leaves out: time (every age is zero), symbolic links, sparse files larger than memory, the order
+//! that a journal would add (this leaves fewer images, all of them among the ones here), and bytes damaged
+//! after they were durable.
 
 mod admits;
 mod calls;
@@ -61,19 +63,19 @@ impl SimFs {
         Self::boot(&Image::empty())
     }
 
-    /// Boots from `image` after a crash: everything is durable, with no descriptors and no locks.
+    /// Boots from `image` after a crash. Everything is durable, and there are no descriptors and no locks.
     pub fn boot(image: &Image) -> Self {
         Self(Arc::new(Mutex::new(State::new(image))))
     }
 
-    /// Sets whether files can be cloned, as on xfs and btrfs; false at first, as on ext4.
+    /// Sets whether files can be cloned, as on xfs and btrfs. It is false at first, as on ext4.
     pub fn clones(self, clones: bool) -> Self {
         self.lock().clones = clones;
         self
     }
 
-    /// Returns how many operations have changed the file system or made it durable. What is acknowledged now
-    /// must survive every crash from this position on.
+    /// Returns how many operations have changed the file system or made it durable. Data that is acknowledged
+    /// now must survive every crash from this position on.
     pub fn position(&self) -> usize {
         self.lock().log.len()
     }
@@ -89,13 +91,13 @@ impl SimFs {
         self.lock().calls_left = Some(calls);
     }
 
-    /// True when the processes are dead: their calls do nothing.
+    /// True when the processes are dead. Calls of dead processes do nothing.
     pub fn killed(&self) -> bool {
         self.lock().calls_left == Some(0)
     }
 
-    /// Starts new processes after the old ones died: no descriptors, locks or future faults. Written data is
-    /// visible, durable or not.
+    /// Starts new processes after the old ones died. They have no descriptors, locks or future faults.
+    /// Written data is visible, durable or not.
     pub fn restart(&self) {
         self.lock().restart();
     }

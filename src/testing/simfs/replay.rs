@@ -1,4 +1,4 @@
-//! A recorded run, made once more on the simulated file system, and the disks that a power loss could leave.
+//! Replays a recorded run on the simulated file system, and decides which disks a power loss could leave.
 
 use super::SimFs;
 use super::admits::Tree;
@@ -11,18 +11,17 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// The operations of a recorded run, each with the positions in the log of the disk between which it was
-/// made.
+/// The operations of a recorded run, each with the two positions in the disk's log between which it was made.
 #[derive(Debug)]
 pub struct Replay {
     log: Vec<(Op, u64, u64)>,
 }
 
 impl Replay {
-    /// Makes the recorded calls below `mount` on an empty [`SimFs`]; those elsewhere are left out.
+    /// Replays the recorded calls below `mount` on an empty [`SimFs`]. Calls elsewhere are left out.
     ///
     /// # Errors
-    /// Those of the simulated calls: each of them succeeded on the real file system.
+    /// The errors of the simulated calls: each call succeeded on the real file system.
     pub fn of(records: &[Record], mount: &Path) -> io::Result<Self> {
         let (fs, mut descriptors, mut spans) = (SimFs::new(), BTreeMap::new(), Vec::new());
         for record in records {
@@ -44,12 +43,12 @@ impl Replay {
         self.log.is_empty()
     }
 
-    /// Returns why no power loss leaves `found`, or None if one does.
+    /// Returns why no power loss leaves `found`, or None if a power loss can leave it.
     ///
-    /// The disk holds every write of its log up to a flush, and any of those up to the next one, which ends
-    /// at `flush`. So an operation may be there if it began before `flush`; an fsync has made durable what it
-    /// covers if it returned before, because it rests on earlier flushes alone. With `early` it counts as
-    /// soon as it began, which is wrong: a check must then fail.
+    /// The disk holds every write of its log up to a flush, and any subset of the writes up to the next
+    /// flush, which ends at `flush`. So an operation may be on the disk if it began before `flush`. An fsync
+    /// has made its data durable if it returned before `flush`, because it relies only on earlier flushes.
+    /// With `early` an fsync counts as soon as it began. This is wrong on purpose: a check must then fail.
     pub fn refuses(&self, flush: u64, found: &Tree, early: bool) -> Option<String> {
         let mut disk = Disk::new(&Image::empty());
         for (op, began, ended) in &self.log {
@@ -66,7 +65,7 @@ type Descriptors = BTreeMap<(u32, RawFd), RawFd>;
 
 fn redo(fs: &SimFs, descriptors: &mut Descriptors, mount: &Path, record: &Record) -> io::Result<()> {
     let known = |descriptors: &Descriptors, fd: RawFd| descriptors.get(&(record.process, fd)).copied();
-    // Where a path starts on the simulated file system: None for what is elsewhere.
+    // Where a path starts on the simulated file system. None for a path elsewhere.
     let place = |dir: Option<RawFd>, path: &Path| match dir {
         Some(dir) => known(descriptors, dir).map(|dir| (Some(dir), path.to_owned())),
         None => path.strip_prefix(mount).ok().map(|path| (None, PathBuf::from("/").join(path))),
@@ -74,7 +73,7 @@ fn redo(fs: &SimFs, descriptors: &mut Descriptors, mount: &Path, record: &Record
     match &record.done {
         Done::Open { dir, path, how, fd } => {
             let Some((dir, path)) = place(*dir, path) else { return Ok(()) };
-            // Direct writes of the record need not be aligned in the memory of this process.
+            // Direct writes in the record need not be aligned in the memory of this process.
             let how = match how {
                 Open::Create { .. } => Open::Create { direct: false },
                 Open::Read { .. } => Open::Read { direct: false },
@@ -132,7 +131,7 @@ mod tests {
             let sys = Arc::new(Recorded::new(Arc::new(Linux), &calls, &disk).unwrap());
             let storage = Local::with_sys(sys, root.path().join("run")).unwrap();
             storage.sweep(Sweep::default()).unwrap();
-            // Each session finds another log of the disk, as after a flush.
+            // Each session finds a different log of the disk, as after a flush.
             std::fs::write(&disk, vec![0; 10 * (session + 1)]).unwrap();
         }
         let records = Record::read(&calls).unwrap();
@@ -140,7 +139,7 @@ mod tests {
         assert!(!replay.is_empty());
         let (all, none) = (Tree::read(root.path(), &[]).unwrap(), Tree::Dir(BTreeMap::new()));
         let refused = |flush, found| replay.refuses(flush, found, false).is_some();
-        // Before anything began only an empty disk can be found; after the first session its directory is
+        // Before anything began, only an empty disk can be found. After the first session, its directory is
         // durable.
         assert_eq!((refused(0, &all), refused(0, &none)), (true, false));
         assert_eq!((refused(1, &all), refused(1, &none)), (false, true));

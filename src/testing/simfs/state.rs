@@ -1,4 +1,4 @@
-//! The running system: its state, the effects of calls, and the log of them.
+//! The running system: its state, the effects of calls, and the log of these effects.
 
 use super::disk::{Op, SECTOR};
 use super::fault::{Call, Fault};
@@ -23,7 +23,7 @@ struct Inode {
     links: u64,
     locked_by: Option<RawFd>,
     lost: u64,
-    /// No process may open it to write. Lasts until the machine loses power.
+    /// No process may open the file for writing. This lasts until the machine loses power.
     protected: bool,
 }
 
@@ -100,7 +100,7 @@ impl State {
         Ok(())
     }
 
-    /// Returns the error of a call of this kind, if it has a fault, and whether the call does its work first.
+    /// If a call of this kind has a fault, returns the error, and whether the call does its work first.
     pub(super) fn fault(&mut self, call: Call) -> Option<(io::Error, bool)> {
         let mut hit = None;
         self.faults.retain_mut(|fault| {
@@ -159,8 +159,8 @@ impl State {
         dir.map_or(Ok(ROOT), |fd| self.descriptor(fd).map(|descriptor| descriptor.ino))
     }
 
-    /// Returns the directory that contains the last component of `path`, and that component; `None` for the
-    /// directory itself.
+    /// Returns the directory that contains the last component of `path`, and that component; `None` if `path`
+    /// is the directory itself.
     pub(super) fn walk<'p>(&self, dir: Option<RawFd>, path: &'p Path) -> io::Result<(Ino, Option<&'p OsStr>)> {
         let mut at = self.at(dir)?;
         let mut last = None;
@@ -343,8 +343,8 @@ impl State {
         Ok(())
     }
 
-    /// On the disk a clone is a write like any other: until an fsync of the new file, a crash may keep its
-    /// length, its sectors, and what was written over them, in any subset.
+    /// On the disk a clone is a write like any other. Until an fsync of the new file, a crash may keep its
+    /// length, its sectors, and the data written over them, in any subset.
     pub(super) fn clone_file(&mut self, from: RawFd, to: RawFd) -> io::Result<()> {
         let (source, &Descriptor { ino, writable, .. }) = (self.descriptor(from)?.ino, self.descriptor(to)?);
         let Body::File(bytes) = &self.inode(source)?.body else { return Err(error(libc::EISDIR)) };
@@ -393,7 +393,7 @@ impl State {
 
     pub(super) fn try_lock(&mut self, fd: RawFd) -> io::Result<bool> {
         let &Descriptor { ino, writable, .. } = self.descriptor(fd)?;
-        // As on NFS, where an exclusive lock needs a descriptor that can write.
+        // Like NFS, where an exclusive lock needs a descriptor that can write.
         if !writable {
             return Err(error(libc::EBADF));
         }

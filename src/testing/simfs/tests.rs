@@ -1,4 +1,5 @@
-//! One test for each rule of the model, and programs that are wrong on purpose, which the model must reject.
+//! One test for each rule of the model, and programs that are wrong on purpose and that the model must
+//! reject.
 
 use super::*;
 use crate::storage::local::sys::{Kind, Open, RawFd, Rename, Sys};
@@ -354,8 +355,8 @@ fn the_same_seed_gives_the_same_crashes_and_the_running_view_is_one_of_them() {
     }
 }
 
-/// Writes a file under a temporary name and moves it to `final.bin`, leaving out what `skip` names. Returns
-/// the position at which a program would say "saved".
+/// Writes a file under a temporary name and moves it to `final.bin`. Omits the action that `skip` names.
+/// Returns the position at which a program would say "saved".
 fn save(fs: &SimFs, skip: &str) -> usize {
     let fd = fs.file("tmp.bin", &[9; 1500]);
     if skip != "file" {
@@ -368,7 +369,8 @@ fn save(fs: &SimFs, skip: &str) -> usize {
     fs.position()
 }
 
-/// Returns how often the name existed without all the bytes, and how often it was missing after "saved".
+/// Returns how often the name existed without all the bytes, and how often the name was missing after
+/// "saved".
 fn damage(fs: &SimFs, saved: usize) -> (usize, usize) {
     let history = fs.history();
     let (mut torn, mut lost) = (0, 0);

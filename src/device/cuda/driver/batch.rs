@@ -1,7 +1,7 @@
-//! Batches of copies: one call for many copies, which drivers have from CUDA 12.8 on.
+//! Batches of copies: one call for many copies. Drivers have this call since CUDA 12.8.
 //!
 //! # Safety argument
-//! See the module above. The arrays have as many members as the call is told, and live until it returns; the
+//! See the module above. The arrays have as many members as the call is told, and live until it returns. The
 //! driver reads them only during the call.
 #![expect(unsafe_code, reason = "calls of a C library; argument above")]
 
@@ -11,7 +11,8 @@ use crate::tries;
 use std::ffi::{c_int, c_uint};
 use std::sync::atomic::Ordering;
 
-/// `CUmemcpyAttributes`: when sources are read, hints for memory of kinds not used here, flags.
+/// `CUmemcpyAttributes`: when the driver reads the sources, hints for kinds of memory that are not used here,
+/// and flags.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(super) struct Attributes {
@@ -45,7 +46,7 @@ pub(super) type WithIndex = unsafe extern "C" fn(
     StreamHandle,
 ) -> c_int;
 
-/// The function as CUDA 13 has it, or as 12.8 has it: with the index of a wrong copy.
+/// The function as CUDA 13 has it, or as CUDA 12.8 has it: with the index of a wrong copy.
 #[derive(Clone, Copy)]
 pub(super) enum Batch {
     Plain(Plain),
@@ -83,8 +84,8 @@ impl Batch {
         let Copies { to, from, bytes } = copies;
         let (to, from, count) = (to.as_ptr().cast_mut(), from.as_ptr().cast_mut(), bytes.len());
         let (bytes, first) = (bytes.as_ptr().cast_mut(), &raw mut first);
-        // SAFETY: arrays of one length, one set of attributes from the first copy on; the caller vouches for
-        // the copies.
+        // SAFETY: the arrays have the same length, and one set of attributes applies from the first copy on.
+        // The caller vouches for the copies.
         unsafe {
             match self {
                 Self::Plain(f) => f(to, from, bytes, count, &mut attributes, first, 1, stream),
@@ -94,7 +95,7 @@ impl Batch {
     }
 }
 
-/// Copies to the host, in no order among each other.
+/// Copies to the host, which the driver may make in any order.
 #[derive(Debug, Default)]
 pub struct Copies {
     to: Vec<*mut u8>,
@@ -107,7 +108,7 @@ impl Copies {
         self.bytes.len()
     }
 
-    /// Source, destination and length of each copy.
+    /// The source, destination and length of each copy.
     pub fn each(&self) -> impl Iterator<Item = (Address, *mut u8, usize)> {
         self.from.iter().zip(&self.to).zip(&self.bytes).map(|((&from, &to), &len)| (from, to, len))
     }

@@ -10,8 +10,8 @@ pub const INVALID_HANDLE: c_int = 400;
 /// The contiguous range of errors of stream capture.
 pub const CAPTURE: std::ops::RangeInclusive<c_int> = 900..=908;
 
-/// Passes the known errors, by their names in `cuda.h`, to the macro `$with`. After a sticky one every call
-/// on the context fails. Others may pass; `context` handles those that do not.
+/// Passes the known errors, by their names in `cuda.h`, to the macro `$with`. After a sticky error every call
+/// on the context fails. Other errors may pass; `context` handles those that do not pass.
 macro_rules! errors {
     ($with:ident) => {
         $with! {

@@ -113,8 +113,8 @@ impl Context {
         Error::new(error.kind(), format!("{} device=cuda:{}", error.message(), self.ordinal))
     }
 
-    /// Marks the context as lost: the driver is not called any more, host memory that it may still use stays
-    /// pinned, and nothing that is copied with this context is published.
+    /// Marks the context as lost. From then on the driver is not called, host memory that it may still use
+    /// stays pinned, and data that is copied with this context is never published.
     pub(super) fn lose(&self, why: &Error) {
         lock(&self.why).get_or_insert_with(|| why.clone());
         if !self.dead.swap(true, Ordering::AcqRel) {
@@ -122,9 +122,9 @@ impl Context {
         }
     }
 
-    /// Queries an object of ours: true when its work has ended. The caller waits, but must not wait for ever
+    /// Queries one of our objects: true when its work has ended. The caller waits, but must not wait for ever
     /// for a driver that refuses to answer. If the driver does not know our handle in our own context, that
-    /// context was reset and its work has ended; any other refusal becomes permanent after `REFUSALS` without
+    /// context was reset and its work has ended. Any other refusal becomes permanent after `REFUSALS` without
     /// an answer.
     pub(super) fn query(
         &self,
@@ -134,7 +134,7 @@ impl Context {
     ) -> Result<bool> {
         self.alive()?;
         let mut code = ask(&self.driver.table);
-        // The program's code that ran in this thread may have left it without a context.
+        // Code of the program that ran in this thread may have left the thread without a context.
         if code == codes::INVALID_CONTEXT && self.make_current().is_ok() {
             code = ask(&self.driver.table);
         }
@@ -156,7 +156,8 @@ impl Context {
         self.code(call, run).map(drop)
     }
 
-    /// Releases an object. A failure is only logged: it is no error of the work done with the object.
+    /// Releases an object. A failure is only logged, because it does not affect the work done with the
+    /// object.
     pub(super) fn give_back(&self, call: &'static str, run: impl FnOnce(&Table) -> c_int) {
         if self.alive().is_ok()
             && let Err(error) = self.call(call, run)
@@ -167,7 +168,7 @@ impl Context {
     }
 
     /// Makes the context current in this thread until the guard is dropped. Until then the thread's calls
-    /// break no capture of a graph, its own or another's.
+    /// break no graph capture, neither its own nor that of another thread.
     pub fn enter(&self) -> Result<Entered<'_>> {
         let mut before = ContextHandle::default();
         // SAFETY: writes one handle.
@@ -200,7 +201,7 @@ impl Context {
         Ok(mode)
     }
 
-    /// Refuses a stream that is being captured into a graph: work queued there would not run now.
+    /// Refuses a stream that is being captured into a graph, because work queued there would not run now.
     pub fn refuse_capture(&self, stream: StreamHandle) -> Result<()> {
         let mut status = 0;
         // SAFETY: writes one number; users of `DeviceStream` vouch that the handle is a stream.
@@ -215,8 +216,8 @@ impl Context {
     /// Queues a kernel with one structure as its argument, in any stream of this device.
     ///
     /// # Safety
-    /// `function` is of a live module of this context and takes an `A`; what its addresses point to stays
-    /// until it has run.
+    /// `function` belongs to a live module of this context and takes an `A`. The memory at the addresses in
+    /// it stays until the kernel has run.
     pub unsafe fn launch<A: Copy>(
         &self,
         function: FunctionHandle,
@@ -226,7 +227,7 @@ impl Context {
         argument: &A,
     ) -> Result<()> {
         let mut arguments = [std::ptr::from_ref(argument).cast_mut().cast::<c_void>()];
-        // SAFETY: the call copies the argument; the rest is the caller's contract.
+        // SAFETY: the call copies the argument; the caller's contract covers the rest.
         self.call("cuLaunchKernel", |t| unsafe {
             (t.launch)(function, grid, 1, 1, block, 1, 1, 0, stream, arguments.as_mut_ptr(), std::ptr::null_mut())
         })
@@ -245,7 +246,7 @@ impl Context {
     /// before it.
     ///
     /// # Safety
-    /// `at` is a multiple of 4 in pinned memory that lives until then.
+    /// `at` is a multiple of 4 in pinned memory that lives until the store is done.
     pub unsafe fn write_number(&self, at: Address, value: u32, stream: StreamHandle) -> Result<()> {
         const CALL: &str = "cuStreamWriteValue32_v2";
         let write = self.driver.table.write_number.ok_or_else(|| codes::absent(CALL))?;
@@ -254,7 +255,7 @@ impl Context {
     }
 
     /// Makes later work in `stream`, any stream of this device, wait until the number at `at` is `value`, or
-    /// has gone past it.
+    /// has gone past `value`.
     ///
     /// # Safety
     /// As [`Context::write_number`].
@@ -266,7 +267,7 @@ impl Context {
     }
 }
 
-/// While it lives, its context is current in its thread.
+/// A guard: while it lives, its context is current in its thread.
 pub struct Entered<'c> {
     context: &'c Context,
     before: ContextHandle,
@@ -278,15 +279,15 @@ impl Drop for Entered<'_> {
         if !self.context.origin.is_ours() {
             return;
         }
-        // Restore even if the context was lost meanwhile: the thread is the program's, which may go on with
-        // another device.
+        // Restore even if the context was lost meanwhile: the thread belongs to the program, which may
+        // continue with another device.
         let table = &self.context.driver.table;
         if let Some(mut mode) = self.mode {
             // SAFETY: reads and writes one number.
             unsafe { (table.exchange_capture)(&mut mode) };
         }
         if self.before != self.context.handle {
-            // SAFETY: what was current before is made current again.
+            // SAFETY: makes the previous context current again.
             unsafe { (table.set_current)(self.before) };
         }
     }

@@ -1,6 +1,6 @@
-//! The list of driver functions that are used, and the table of those that a library has.
+//! The list of driver functions that this crate uses, and the table of the functions that a library has.
 //!
-//! `proof` compares each with the bindings of cudarc when the tests are compiled.
+//! `proof` compares each function with the bindings of cudarc when the tests are compiled.
 //!
 //! # Safety argument
 //! See the module above: the signatures are those of `cuda.h`.
@@ -10,8 +10,8 @@ use super::handles::{Address, ContextHandle, EventHandle, FunctionHandle, Module
 use super::rows::RowCopy;
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
-/// Passes the functions, with their names in `cuda.h`, to the macro `$with`; an older driver may lack those
-/// with a question mark.
+/// Passes the functions, with their names in `cuda.h`, to the macro `$with`. An older driver may lack the
+/// functions that are marked with a question mark.
 macro_rules! functions {
     ($with:ident) => {
         $with! {

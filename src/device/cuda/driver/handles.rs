@@ -1,5 +1,5 @@
-//! Handles of the driver's objects: numbers, with a type of their own for each kind, so that no call mixes
-//! them up.
+//! Handles of the driver's objects: numbers, with a separate type for each kind, so that no call mixes them
+//! up.
 
 use crate::state::DeviceStream;
 

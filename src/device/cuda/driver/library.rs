@@ -27,7 +27,7 @@ impl Driver {
     /// `Unavailable`, naming what is missing.
     pub fn find() -> Result<Arc<Self>> {
         let mut missing = None;
-        // The first is the driver's own name; toolkits install stubs under the second.
+        // The first name is the driver's own; toolkits install stubs under the second.
         for name in ["libcuda.so.1", "libcuda.so"] {
             match Self::open(Path::new(name)) {
                 Err(error) if error.kind() == ErrorKind::NotFound => missing = missing.or(Some(error)),
@@ -59,7 +59,7 @@ impl Driver {
         // SAFETY: as above.
         let batch = unsafe { Batch::find(&library) };
         let mut driver = Self { table, batch, version: 0 };
-        // SAFETY: no arguments but a reserved zero.
+        // SAFETY: takes no arguments but a reserved zero.
         driver.start("cuInit", unsafe { (driver.table.init)(0) })?;
         let mut version = 0;
         // SAFETY: writes one number.
@@ -79,7 +79,7 @@ impl Driver {
         Ok(u32::try_from(count).unwrap_or(0))
     }
 
-    /// The device whose context is current in this thread, if any. Touches no device.
+    /// The device whose context is current in this thread, if any. The call touches no device.
     pub fn current(&self) -> Option<u32> {
         let (mut context, mut device) = (ContextHandle::default(), 0);
         // SAFETY: writes one handle.
@@ -92,7 +92,7 @@ impl Driver {
         (code == codes::SUCCESS).then(|| u32::try_from(device).ok()).flatten()
     }
 
-    /// The PCI bus id of device `ordinal`: `0000:0F:00.0`. Needs no context.
+    /// The PCI bus id of device `ordinal`: `0000:0F:00.0`. The call needs no context.
     pub fn pci_id(&self, ordinal: u32) -> Result<String> {
         let (mut device, mut name) = (0, [0; 64]);
         // SAFETY: writes one number.

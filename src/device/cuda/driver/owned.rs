@@ -19,11 +19,11 @@ use std::ffi::CStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Since when the driver has been refusing to report progress.
+/// The time since which the driver has been refusing to report progress.
 type Refusing = Mutex<Option<Instant>>;
 
 impl Context {
-    /// Creates a stream that does not wait for the legacy default stream, and has the lowest priority.
+    /// Creates a stream that does not wait for the legacy default stream and has the lowest priority.
     pub fn stream(self: &Arc<Self>) -> Result<Stream> {
         let _entered = self.enter()?;
         let (mut least, mut greatest, mut handle) = (0, 0, StreamHandle::default());
@@ -35,8 +35,8 @@ impl Context {
         Ok(Stream { context: self.clone(), handle, refusing: Mutex::default() })
     }
 
-    /// Creates an event, which counts as reached until it is recorded. One that is `timed` remembers when it
-    /// was reached.
+    /// Creates an event, which counts as reached until it is recorded. A `timed` event remembers when it was
+    /// reached.
     pub fn event(self: &Arc<Self>, timed: bool) -> Result<Event> {
         let _entered = self.enter()?;
         let mut handle = EventHandle::default();
@@ -72,14 +72,14 @@ impl Context {
         let _entered = self.enter()?;
         let load = |image: &'static [u8]| {
             let mut handle = ModuleHandle::default();
-            // SAFETY: PTX that ends in a zero, or machine code that says how long it is; writes one handle.
+            // SAFETY: PTX ends in a zero, and machine code contains its length; the call writes one handle.
             self.call("cuModuleLoadData", |t| unsafe { (t.module_load)(&mut handle, image.as_ptr().cast()) })?;
             Ok(Module { context: self.clone(), handle })
         };
         images.cubins.iter().find_map(|cubin| load(cubin).ok()).map_or_else(|| load(images.ptx.as_bytes()), Ok)
     }
 
-    /// Queues zeros over all of `memory`, in any stream of this device.
+    /// Queues a fill of all of `memory` with zeros, in any stream of this device.
     pub fn zero(&self, memory: &Memory, stream: StreamHandle) -> Result<()> {
         // SAFETY: within the allocation, whose owner waits for the stream before it drops it.
         self.call("cuMemsetD8Async", |t| unsafe { (t.fill)(memory.address(), 0, memory.len(), stream) })
@@ -109,13 +109,13 @@ impl Stream {
         self.handle
     }
 
-    /// Returns the stream as a program would name it.
+    /// Returns the stream in the form in which a program names one.
     pub fn as_device(&self) -> DeviceStream<'_> {
         // SAFETY: a stream of the device's primary context, destroyed only on drop, and borrowed until then.
         unsafe { DeviceStream::new(self.context.ordinal, self.handle.number()) }
     }
 
-    /// Makes everything queued later wait for what `event` was last recorded behind.
+    /// Makes everything queued later wait for the work that `event` was last recorded behind.
     pub fn wait(&self, event: &Event) -> Result<()> {
         event.make_wait(self.handle)
     }
@@ -183,7 +183,7 @@ impl Stream {
         self.context.call(CALL, |_| unsafe { write(self.handle, at, value, flag::WRITE_DEFAULT) })
     }
 
-    /// Queues zeros over all of `memory`.
+    /// Queues a fill of all of `memory` with zeros.
     pub fn zero(&self, memory: &Memory) -> Result<()> {
         self.context.zero(memory, self.handle)
     }
@@ -192,7 +192,7 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         let _entered = self.context.enter();
-        // SAFETY: made by us and not used again; queued work still runs.
+        // SAFETY: created here and not used again; the driver finishes queued work.
         self.context.give_back("cuStreamDestroy_v2", |t| unsafe { (t.stream_destroy)(self.handle) });
     }
 }
@@ -211,9 +211,10 @@ impl Event {
         self.context.call("cuEventRecord", |t| unsafe { (t.event_record)(self.handle, stream) })
     }
 
-    /// Records the event in a stream of the program behind what was just queued there, and retries for
-    /// `REFUSALS`: an event that was not recorded counts as reached, and sources would be freed under kernels
-    /// that read them. After an error either none of that work runs any more, or the context is lost.
+    /// Records the event in a stream of the program behind the work that was just queued there, and retries
+    /// for `REFUSALS`. An event that was not recorded counts as reached, and sources would then be freed
+    /// under kernels that read them. After an error either none of that work runs any more, or the context is
+    /// lost.
     pub fn insist(&self, stream: StreamHandle) -> Result<()> {
         const POLL_INTERVAL: Duration = Duration::from_micros(50);
         let (table, began) = (&self.context.driver.table, Instant::now());
@@ -240,20 +241,20 @@ impl Event {
         }
     }
 
-    /// Makes `stream` wait for what the event was last recorded behind.
+    /// Makes `stream` wait for the work that the event was last recorded behind.
     pub fn make_wait(&self, stream: StreamHandle) -> Result<()> {
         // SAFETY: as in `record`.
         self.context.call("cuStreamWaitEvent", |t| unsafe { (t.stream_wait)(stream, self.handle, 0) })
     }
 
-    /// True when everything that the event was last recorded behind has ended.
+    /// True when all work that the event was last recorded behind has ended.
     pub fn is_reached(&self) -> Result<bool> {
         // SAFETY: a live event.
         self.context.query("cuEventQuery", &self.refusing, |t| unsafe { (t.event_query)(self.handle) })
     }
 
-    /// The milliseconds from when `earlier` was reached until this one was; negative if this one was the
-    /// first. Both are timed, reached, and of this context.
+    /// The milliseconds from when `earlier` was reached until this event was reached; negative if this event
+    /// was reached first. Both events must be timed, reached, and of this context.
     pub fn millis_since(&self, earlier: &Self) -> Result<f32> {
         let mut millis = 0.0;
         // SAFETY: live events; writes one number.
@@ -266,12 +267,12 @@ impl Event {
 impl Drop for Event {
     fn drop(&mut self) {
         let _entered = self.context.enter();
-        // SAFETY: made by us and not used again; the driver keeps it until it is reached.
+        // SAFETY: created here and not used again; the driver keeps it until it is reached.
         self.context.give_back("cuEventDestroy_v2", |t| unsafe { (t.event_destroy)(self.handle) });
     }
 }
 
-/// The guard of registered, and so pinned, host memory.
+/// The guard of registered host memory, which is therefore pinned.
 pub struct Registered {
     pub(super) context: Arc<Context>,
     pub(super) base: usize,
@@ -281,12 +282,12 @@ impl Drop for Registered {
     fn drop(&mut self) {
         let _entered = self.context.enter();
         let base = std::ptr::without_provenance_mut(self.base);
-        // SAFETY: registered by us, and unregistered once, before it is unmapped.
+        // SAFETY: registered here, and unregistered once, before the memory is unmapped.
         self.context.give_back("cuMemHostUnregister", |t| unsafe { (t.unregister)(base) });
     }
 }
 
-/// Memory that the driver allocated, on the device or pinned on the host.
+/// Memory that the driver allocated: on the device, or pinned on the host.
 pub struct Memory {
     pub(super) context: Arc<Context>,
     pub(super) at: Address,
@@ -295,7 +296,7 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// The address for the device.
+    /// The address on the device.
     pub fn address(&self) -> Address {
         self.at
     }
@@ -304,7 +305,7 @@ impl Memory {
         self.len
     }
 
-    /// The address of pinned memory for the host.
+    /// The address of pinned memory on the host.
     pub fn pointer(&self) -> *mut u8 {
         debug_assert!(self.host);
         std::ptr::with_exposed_provenance_mut(self.at as usize)
@@ -314,7 +315,7 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         let _entered = self.context.enter();
-        // SAFETY: allocated by us; the owner drops it only when it is not used any more.
+        // SAFETY: allocated here; the owner drops it only when nothing uses it any more.
         let free_host = |t: &Table| unsafe { (t.free_host)(self.pointer().cast()) };
         if self.host {
             return self.context.give_back("cuMemFreeHost", free_host);
@@ -344,7 +345,7 @@ impl Module {
 impl Drop for Module {
     fn drop(&mut self) {
         let _entered = self.context.enter();
-        // SAFETY: loaded by us; the owner drops it only when none of its kernels runs.
+        // SAFETY: loaded here; the owner drops it only when none of its kernels runs.
         self.context.give_back("cuModuleUnload", |t| unsafe { (t.module_unload)(self.handle) });
     }
 }

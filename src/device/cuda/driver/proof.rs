@@ -1,11 +1,13 @@
 //! Compares the driver's functions, codes, flags and structures with the bindings that cudarc generated from
 //! `cuda.h`.
 //!
-//! The compiler does all of it: the tests do not compile if they differ. The feature `cuda-13040` of cudarc
-//! in the dev-dependencies selects the `cuda.h`; programs that link the library choose their own.
+//! The compiler does the whole comparison: the tests do not compile if the two differ. The feature
+//! `cuda-13040` of cudarc in the dev-dependencies selects the `cuda.h`. Programs that link the library choose
+//! their own.
 //!
-//! A signature is right when it has the same number of arguments, each of the same size; pointers lead to
-//! values of the same size and are `const` in both or in neither; and handles are of the same kind.
+//! A signature is right when it has the same number of arguments and each argument has the same size; when
+//! its pointers point to values of the same size and are `const` in both or in neither; and when its handles
+//! are of the same kind.
 //!
 //! # Safety argument
 //! Nothing is called: the functions are only cast to their types.
@@ -25,7 +27,8 @@ struct Shape {
     bytes: usize,
     /// The kind of handle, if it is one.
     handle: Option<Kind>,
-    /// For a pointer that is no handle: size and handle kind of its target, and whether that is writable.
+    /// For a pointer that is not a handle: the size and handle kind of its target, and whether the target is
+    /// writable.
     to: Option<(usize, Option<Kind>, bool)>,
 }
 
@@ -58,11 +61,11 @@ impl Shape {
     }
 }
 
-/// An argument type, or the target type of one.
+/// An argument type, or the type that an argument points to.
 trait Argument: Sized {
     const HANDLE: Option<Kind> = None;
     const SHAPE: Shape = Shape { bytes: size_of::<Self>(), handle: Self::HANDLE, to: None };
-    /// The kind of handle that a pointer to it is, if any.
+    /// The kind of handle that a pointer to this type is, if any.
     const POINTED_AT: Option<Kind> = None;
 }
 
@@ -100,7 +103,7 @@ arguments! {
     ModuleHandle = sys::CUmod_st: Module, FunctionHandle = sys::CUfunc_st: Function
 }
 
-/// A pointer to a function, ours or theirs.
+/// A pointer to a function, of this crate or of cudarc.
 trait Signature {
     const ARGUMENTS: &'static [Shape];
     const RESULT: usize;
@@ -133,7 +136,7 @@ const fn agree<Ours: Signature, Theirs: Signature>() -> bool {
     at == ours.len() && at == theirs.len() && Ours::RESULT == Theirs::RESULT
 }
 
-/// Like [`agree`], for a function of cudarc, which is no `extern "C"` but calls one.
+/// Like [`agree`], for a function of cudarc, which is not `extern "C"` but calls such a function.
 const fn agree_with<Ours: Signature, Theirs: Signature + Copy>(_theirs: Theirs) -> bool {
     agree::<Ours, Theirs>()
 }
@@ -152,11 +155,11 @@ macro_rules! prove {
         $(prove!(@ $symbol($($argument),*));)*
         $(prove!(@ $extra_symbol($($extra_argument),*));)*
     };
-    // The name that `cuda.h` has from CUDA 13 on; drivers keep the older one, which all of them have.
+    // `cuda.h` has this name from CUDA 13 on. This crate uses the older name, which all drivers have.
     (@ cuEventElapsedTime($($argument:ty),*)) => { prove!(@ cuEventElapsedTime_v2($($argument),*)); };
     (@ $symbol:ident($($argument:ty),*)) => {
         const _: () = {
-            // SAFETY: a type, which promises nothing and does nothing.
+            // SAFETY: a type: it promises nothing and does nothing.
             type Ours = unsafe extern "C" fn($($argument),*) -> c_int;
             // SAFETY: as above.
             let theirs = sys::$symbol as unsafe fn($(infer!($argument)),*) -> _;
@@ -166,10 +169,10 @@ macro_rules! prove {
 }
 functions!(prove);
 
-/// `cuMemcpyBatchAsync` as CUDA 12.8 and 12.9 have it: that of 13, with the index of a wrong copy before the
-/// stream. It is written out here because cudarc is built for one version and has this one only in those for
-/// 12.8 and 12.9.
-// SAFETY: a type, which promises nothing and does nothing.
+/// `cuMemcpyBatchAsync` as CUDA 12.8 and 12.9 have it: the function of CUDA 13, with the index of a wrong
+/// copy before the stream. It is written out here because cudarc is built for one CUDA version and has this
+/// form only in its bindings for 12.8 and 12.9.
+// SAFETY: a type: it promises nothing and does nothing.
 type Batch12 = unsafe extern "C" fn(
     *mut sys::CUdeviceptr,
     *mut sys::CUdeviceptr,
