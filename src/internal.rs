@@ -12,6 +12,12 @@ pub mod device {
 pub mod digest {
     pub use crate::digest::Digest;
 }
+pub mod executor {
+    /// Whether the calling thread is one of the executor's, in which a shutdown is refused.
+    pub fn is_own_thread(executor: &crate::CheckpointExecutor) -> bool {
+        executor.threads().are_here()
+    }
+}
 pub mod format {
     pub use crate::format::{
         agreement, columns, entries, header, index, invariants, manifest, seal, shard, split, table, template, v1,

@@ -7,7 +7,7 @@ use super::ranks::{Answer, Described, Gate, LATE, Turn, Turns, Wanted, What};
 use super::threads::{Channels, Commits};
 use super::{Admission, CheckpointExecutor, again};
 use crate::commit::several::identity;
-use crate::device::Dependency;
+use crate::device::{Dependency, Queued};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::{dropped, guarded};
@@ -16,7 +16,7 @@ use crate::outcome::Outcome;
 use crate::plan::{DeferredDigests, Description, Plan, Request, Shape, Share};
 use crate::save::{Save, SaveOptions, Snapshot};
 use crate::settings::{Detect, Settings};
-use crate::staging::{Captured, Job, LateCopy, OnDevice, without_kernels};
+use crate::staging::{Allocation, Captured, Job, LateCopy, OnDevice, without_kernels};
 use crate::state::StateDict;
 use crate::storage::StepPlace;
 use crate::ticket::{Extent, Place, Ticket};
@@ -53,6 +53,14 @@ struct Taken {
     /// The dependency of the copies, and how the device makes late copies. The error is the reason why the
     /// save is refused.
     queued: Result<(Option<Dependency>, Option<Arc<LateCopy>>)>,
+}
+
+/// A save that was refused after work was queued on a device.
+struct Refused {
+    why: Error,
+    /// What that work uses.
+    allocation: Option<Allocation>,
+    queued: Vec<Arc<dyn Queued>>,
 }
 
 impl CheckpointExecutor {
@@ -170,8 +178,13 @@ impl CheckpointExecutor {
         // `register` comes before any failure that leaves kernels reading borrowed sources: the scope waits
         // for those kernels.
         register(&ticket);
-        self.enqueue(wanted, &ticket, plan, state, taken, shared)?;
+        let queued = self.enqueue(wanted, &ticket, plan, state, taken, shared);
+        // A refusal drops the sources, which can run code of the program that saves.
         drop(admission);
+        if let Err(Refused { why, allocation, queued }) = queued {
+            self.stager.refuse(ticket, why.clone(), std::mem::take(state), allocation, queued);
+            return Err(why);
+        }
         if snapshot == Snapshot::AtSave && !ticket.extent().kept {
             self.stager.fence_one(&ticket, self.settings.fence_timeout)?;
         }
@@ -290,8 +303,7 @@ impl CheckpointExecutor {
     /// Hands the save to the stager, and its task to the writers.
     ///
     /// # Errors
-    /// The reason why the save is refused. Its sources are dropped only when the work queued on a device has
-    /// ended.
+    /// The save is refused, and the caller releases `state`: [`Stager::refuse`].
     fn enqueue(
         &self,
         wanted: SaveRequest,
@@ -300,7 +312,7 @@ impl CheckpointExecutor {
         state: &mut StateDict<'static>,
         taken: Taken,
         shared: Option<(&Turn<'_>, &Wanted)>,
-    ) -> Result<()> {
+    ) -> std::result::Result<(), Refused> {
         let Taken { mut captured, replicas, kept, mut on_device, queued: behind } = taken;
         let (allocation, queued) = (on_device.allocation.take(), std::mem::take(&mut on_device.queued));
         let channels = self.threads.channels();
@@ -308,12 +320,7 @@ impl CheckpointExecutor {
         let open = || channels.as_ref().ok_or_else(shut_down);
         let ((behind, late_copy), open) = match behind.and_then(|behind| Ok((behind, open()?))) {
             Ok(begun) => begun,
-            Err(error) => {
-                let error = error.with_step(wanted.step);
-                drop(channels);
-                self.stager.refuse(ticket.clone(), error.clone(), std::mem::take(state), allocation, queued);
-                return Err(error);
-            }
+            Err(why) => return Err(Refused { why: why.with_step(wanted.step), allocation, queued }),
         };
         let (values, rank_values) = match shared {
             // Both kinds of values belong to the one process.

@@ -110,7 +110,7 @@ impl Threads {
     }
 
     /// Whether the calling thread is one of these threads.
-    pub(super) fn are_here(&self) -> bool {
+    pub(crate) fn are_here(&self) -> bool {
         own_threads::is_one_of(&self.stager.signal)
     }
 

@@ -31,6 +31,7 @@ mod stager;
 mod tests;
 
 pub(crate) use capture::Captured;
+pub(crate) use capture_pool::Allocation;
 pub(crate) use fence::freeze;
 pub(crate) use job::Job;
 pub(crate) use late_copy::LateCopy;

@@ -6,25 +6,25 @@
 //!
 //! The model covers:
 //! - **Data.** Any subset of the writes since the last fsync of the file may have reached the disk, each torn
-//! at any sector of 512 bytes. Writes have no order among each other.
+//!   at any sector of 512 bytes. Writes have no order among each other.
 //! - **Length.** Growth, allocation and truncation are changes separate from data. The lengths of one file
-//! keep their order. Bytes within the length that no write reached read as zeros.
+//!   keep their order. Bytes within the length that no write reached read as zeros.
 //! - **Names.** An fsync of a file makes its data and length durable, never its name. An fsync of a directory
-//! makes that directory's entries durable, and nothing below or above. Creations, removals and renames since
-//! the directory's last fsync may each be lost, in any combination that keeps the order of operations on the
-//! same name.
+//!   makes that directory's entries durable, and nothing below or above. Creations, removals and renames
+//!   since the directory's last fsync may each be lost, in any combination that keeps the order of operations
+//!   on the same name.
 //! - **Rename** (plain, no-replace, exchange) is atomic, and may be lost until the directory is fsynced.
 //! - **Links** of a file are names of the same bytes. An fsync of its own directory makes each durable. So a
-//! name may be durable while no byte of the file is durable: the file then has its durable length, which is 0
-//! before its first fsync. The file is freed with its last name and its last descriptor.
+//!   name may be durable while no byte of the file is durable: the file then has its durable length, which is
+//!   0 before its first fsync. The file is freed with its last name and its last descriptor.
 //! - **Clones** are new files, where the file system supports clones. Until a clone has its own fsync, it may
-//! be empty, have a part of the source's content, or lack data that was written into it later.
+//!   be empty, have a part of the source's content, or lack data that was written into it later.
 //! - **Permissions**: a protected file cannot be opened for writing until a crash.
 //! - **Unlink**: if it is lost, the name is back, and the file has its durable content.
 //! - **A failed fsync** of a file drops the pending data: the running system still reads the data, but the
-//! disk never gets it. The failure is reported once per descriptor, and the next fsync succeeds. A failed
-//! fsync of a directory leaves its entries pending (file systems stop altogether when they cannot write
-//! names).
+//!   disk never gets it. The failure is reported once per descriptor, and the next fsync succeeds. A failed
+//!   fsync of a directory leaves its entries pending (file systems stop altogether when they cannot write
+//!   names).
 //! - **Locks** belong to descriptors and end with them; a crash ends all locks.
 //!
 //! The model leaves out: time (every age is zero), symbolic links, sparse files larger than memory, the order

@@ -1,8 +1,9 @@
 //! A failing device fails the saves that it was copying, and nothing else.
 
 use crate::fixtures::executor::{LONG, eventually, fixture, one, pattern};
-use ashore::{ErrorKind, Phase, Source};
-use std::sync::Arc;
+use ashore::{CheckpointExecutor, DeviceChoice, DeviceStream, ErrorKind, Phase, Save, Source};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Weak};
 
 #[test]
 fn a_copy_that_fails_now_or_later_fails_the_save_and_returns_all_slabs() {
@@ -88,4 +89,39 @@ fn a_source_that_panics_or_keeps_its_bytes_fails_the_save_by_name() {
     assert_eq!(error.kind(), ErrorKind::Internal);
     fixture.slabs_returned();
     fixture.executor.save(3, one("t", Arc::new(pattern(2, 30_000)))).unwrap().wait(LONG).unwrap();
+}
+
+/// The sources of a refused save were dropped under the lock of the call of `save`, and a drop that saved
+/// waited for itself.
+#[test]
+fn a_source_of_a_refused_save_may_save_when_it_is_dropped() {
+    struct Saving(Weak<CheckpointExecutor>, Sender<ashore::Result<Save>>);
+    #[expect(unsafe_code, reason = "a source in memory of a GPU that the executor refuses")]
+    // SAFETY: it never hands out a pointer, and no driver sees the stream.
+    unsafe impl Source for Saving {
+        fn layout(&self) -> ashore::Layout {
+            ashore::Layout::new(ashore::Dtype::U8, [10])
+        }
+        fn location(&self) -> ashore::MemoryLocation {
+            // SAFETY: no driver sees it.
+            ashore::MemoryLocation::Device { bytes: 10, stream: unsafe { DeviceStream::new(0, 1) } }
+        }
+        fn read(&self, _: &mut dyn FnMut(*const u8)) {}
+    }
+    impl Drop for Saving {
+        fn drop(&mut self) {
+            let Some(executor) = self.0.upgrade() else { return };
+            self.1.send(executor.save(2, one("t", Arc::new(pattern(2, 100))))).unwrap();
+        }
+    }
+    let root = tempfile::tempdir().unwrap();
+    let builder = CheckpointExecutor::builder(root.path()).device(DeviceChoice::Host).arena(1 << 20).chunk(4096);
+    let executor = Arc::new(builder.build().unwrap());
+    let (send, saved) = channel();
+    let source = Saving(Arc::downgrade(&executor), send);
+    let saving = executor.clone();
+    let refused = std::thread::spawn(move || saving.save(1, one("gpu", source)).map(drop));
+    saved.recv_timeout(LONG).unwrap().unwrap().wait(LONG).unwrap();
+    assert_eq!(refused.join().unwrap().unwrap_err().kind(), ErrorKind::Invalid);
+    assert_eq!(executor.latest().unwrap().unwrap().step(), 2);
 }
