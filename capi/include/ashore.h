@@ -390,10 +390,10 @@ int32_t ashore_open(const char *root,
                     ashore_executor **executor);
 
 // Accepts no more saves, waits at most `seconds` for the saves under way, and ends the threads. Afterwards
-// the handle is free, even if the call fails. Does nothing for null. Returns the first error of a save that
-// no call has returned, or ASHORE_DEADLINE if saves had not ended: these saves have failed. Handles of the
-// executor's saves and checkpoints stay valid, and checkpoints can still be read. The number of such handles
-// is logged.
+// the handle is free, even if the call fails; a close in the `done` of `ashore_save_then` is refused, and
+// frees nothing. Does nothing for null. Returns the first error of a save that no call has returned, or
+// ASHORE_DEADLINE if saves had not ended: these saves have failed. Handles of the executor's saves and
+// checkpoints stay valid, and checkpoints can still be read. The number of such handles is logged.
 int32_t ashore_close(ashore_executor *executor, double seconds);
 
 // Returns when nothing will read the tensors of all saves so far any more: then the program may write them.
@@ -435,11 +435,13 @@ int32_t ashore_save_begin(ashore_executor *executor,
 
 // Waits until nothing will read the tensors of a save any more, and each was released: then the program may
 // write them. With 0 seconds the call only asks: ASHORE_DEADLINE means not yet. Returns the failure of the
-// save if it has failed; then the program may write the tensors, too.
+// save if it has failed; then the program may write the tensors, too. That failure can be ASHORE_DEADLINE,
+// for a save that missed its own deadline: see `ashore_save_wait`.
 int32_t ashore_save_staged(ashore_save *save, double seconds);
 
-// Waits until a save is durable, or returns its failure. ASHORE_DEADLINE from this call only means that the
-// save has not ended; it can be waited for again. `committed` may be null.
+// Waits until a save is durable, or returns its failure. ASHORE_DEADLINE means that the save has not ended
+// and can be waited for again, or that it failed because it missed its own deadline: then the phase of
+// `ashore_save_progress` is ASHORE_PHASE_ENDED. `committed` may be null.
 int32_t ashore_save_wait(ashore_save *save, double seconds, ashore_committed *committed);
 
 // Calls `done` once, when the save has ended, or at once within this call if it has ended already. `kind` is
@@ -463,9 +465,10 @@ void ashore_save_free(ashore_save *save);
 
 // Waits until the step of a save is also durable in the tier of this name; `ashore_save_wait` covers only
 // the executor's own root. Returns the failure of the save; ASHORE_CANCELLED if the save did not begin, or
-// the tier does not want the step any more; ASHORE_CONFLICT if another session owns the tier; ASHORE_INVALID
-// for a tier that the executor of this process does not have. ASHORE_DEADLINE means not yet, and the step
-// can be waited for again. While a tier is away, the step does not become durable in it.
+// the tier does not want the step any more; ASHORE_CONFLICT if another session owns the tier;
+// ASHORE_INVALID for a tier that the executor of this process does not have. ASHORE_DEADLINE means not yet,
+// and the step can be waited for again; after `ashore_close` it means that the step was not promoted. While
+// a tier is away, the step does not become durable in it.
 int32_t ashore_save_durable_in(ashore_save *save, const char *tier, double seconds);
 
 // Makes a JSON array of what each tier has and lacks: [{"tier": "shared", "root": "...", "state": "ours",
@@ -483,8 +486,9 @@ int64_t ashore_checkpoint_step(ashore_checkpoint *checkpoint);
 // Fills the memory of `count` targets in parallel, and compares every byte with its digest. A target with
 // `offset` gets the box of `shape` at that offset; other targets get the whole tensor. Dtype and shape must
 // match the saved ones: nothing is converted. Nothing is written unless every target fits. Packed targets
-// that overlap are refused. The result is undefined for targets that overlap because of their strides. After
-// a failure to read, the content of the targets is undefined.
+// that overlap are refused. The result is undefined for targets that overlap because of their strides.
+// After a failure to read, the content of the targets is undefined. After ASHORE_DEADLINE copies to device
+// memory may still be under way: keep that memory until the device has ended its work.
 int32_t ashore_restore(ashore_checkpoint *checkpoint, const ashore_tensor *targets, size_t count);
 
 // Makes the JSON text of the value `name`, or, if `name` is null, of the checkpoint: {"step": 7, "attempt":

@@ -5,10 +5,10 @@
 #![expect(unsafe_code, reason = "exported names, and the program's pointers; argument above")]
 
 use crate::failure::{Result, run, text};
-use crate::given;
 use crate::handles::{self, Opened, ashore_checkpoint};
 use crate::status::ashore_status::ASHORE_OK;
 use crate::tensor::{self, ashore_tensor};
+use crate::{given, log};
 use ashore_core::internal::state::encode_value;
 use ashore_core::{Checkpoint, DeviceChoice};
 use serde_json::{Map, Value, json};
@@ -23,6 +23,7 @@ pub unsafe extern "C" fn ashore_checkpoint_open(path: *const c_char, checkpoint:
         // SAFETY: see the safety argument of the crate.
         let checkpoint = unsafe { given::result("checkpoint", checkpoint)? };
         *checkpoint = ptr::null_mut();
+        log::listen();
         // SAFETY: see the safety argument of the crate.
         let opened = Checkpoint::open(unsafe { given::text("path", path)? })?;
         *checkpoint = handles::give(Opened { checkpoint: opened, lent: false }, 0);
@@ -45,8 +46,9 @@ pub unsafe extern "C" fn ashore_checkpoint_step(checkpoint: *mut ashore_checkpoi
 /// Fills the memory of `count` targets in parallel, and compares every byte with its digest. A target with
 /// `offset` gets the box of `shape` at that offset; other targets get the whole tensor. Dtype and shape must
 /// match the saved ones: nothing is converted. Nothing is written unless every target fits. Packed targets
-/// that overlap are refused. The result is undefined for targets that overlap because of their strides. After
-/// a failure to read, the content of the targets is undefined.
+/// that overlap are refused. The result is undefined for targets that overlap because of their strides.
+/// After a failure to read, the content of the targets is undefined. After ASHORE_DEADLINE copies to device
+/// memory may still be under way: keep that memory until the device has ended its work.
 // SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_restore(

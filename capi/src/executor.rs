@@ -11,11 +11,13 @@ use crate::status::ashore_status::{self, ASHORE_OK};
 use crate::tensor::{self, ashore_stream};
 use crate::{given, log, tiers};
 use ashore_core::catalog::Problem;
+use ashore_core::internal::executor::is_own_thread;
 use ashore_core::tiers::Tier;
 use ashore_core::{Builder, CheckpointExecutor, Error, ErrorKind, Settings};
 use serde_json::{Value, json};
 use std::ffi::c_char;
 use std::ptr;
+use std::time::Duration;
 
 /// Opens an executor over the directory `root`, creates the directory if it is missing, and sweeps dead
 /// attempts of earlier processes. `settings` is a JSON object of the members of `Settings` in the Rust
@@ -79,10 +81,10 @@ fn parsed(text: &str) -> Result<(Settings, Vec<Tier>)> {
 }
 
 /// Accepts no more saves, waits at most `seconds` for the saves under way, and ends the threads. Afterwards
-/// the handle is free, even if the call fails. Does nothing for null. Returns the first error of a save that
-/// no call has returned, or ASHORE_DEADLINE if saves had not ended: these saves have failed. Handles of the
-/// executor's saves and checkpoints stay valid, and checkpoints can still be read. The number of such handles
-/// is logged.
+/// the handle is free, even if the call fails; a close in the `done` of `ashore_save_then` is refused, and
+/// frees nothing. Does nothing for null. Returns the first error of a save that no call has returned, or
+/// ASHORE_DEADLINE if saves had not ended: these saves have failed. Handles of the executor's saves and
+/// checkpoints stay valid, and checkpoints can still be read. The number of such handles is logged.
 // SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_close(executor: *mut ashore_executor, seconds: f64) -> i32 {
@@ -90,6 +92,12 @@ pub unsafe extern "C" fn ashore_close(executor: *mut ashore_executor, seconds: f
         if executor.is_null() {
             return Ok(ASHORE_OK);
         }
+        let found = handles::find(executor)?;
+        if is_own_thread(&found) {
+            // Refused: the handle stays, so that another thread can close it and wait for its saves.
+            found.shutdown(Duration::ZERO)?;
+        }
+        drop(found);
         // Free the handle even if `seconds` is invalid.
         let taken = handles::take(executor)?;
         let ended = given::seconds(seconds).and_then(|time| Ok(taken.shutdown(time)?));

@@ -11,7 +11,6 @@ use crate::failure::{run, text};
 use crate::status::ashore_status::ASHORE_OK;
 use std::ffi::{c_char, c_void};
 use std::fmt::{self, Write as _};
-use std::io::Write as _;
 use std::ptr;
 use std::sync::Once;
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -55,6 +54,12 @@ pub fn listen() {
     ONCE.call_once(|| drop(tracing::subscriber::set_global_default(Warnings)));
 }
 
+/// Writes without the lock of the standard library, which a fork of another thread can leave locked.
+fn to_stderr(line: &str) {
+    // SAFETY: the bytes of a string. What stderr does not take is lost.
+    unsafe { libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), line.len()) };
+}
+
 struct Warnings;
 
 impl Subscriber for Warnings {
@@ -78,7 +83,7 @@ impl Subscriber for Warnings {
             Some(Sink { log: Some(log), context, .. }) => unsafe {
                 callbacks::log(*log, context.0, level, text(&all).as_ptr())
             },
-            _ => drop(writeln!(std::io::stderr(), "ashore: {name}: {all}")),
+            _ => to_stderr(&format!("ashore: {name}: {all}\n")),
         }
     }
 

@@ -241,7 +241,8 @@ unsafe fn prepared(given: ashore_save_options, state: &mut StateDict<'static>) -
 
 /// Waits until nothing will read the tensors of a save any more, and each was released: then the program may
 /// write them. With 0 seconds the call only asks: ASHORE_DEADLINE means not yet. Returns the failure of the
-/// save if it has failed; then the program may write the tensors, too.
+/// save if it has failed; then the program may write the tensors, too. That failure can be ASHORE_DEADLINE,
+/// for a save that missed its own deadline: see `ashore_save_wait`.
 // SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_save_staged(save: *mut ashore_save, seconds: f64) -> i32 {
@@ -251,8 +252,9 @@ pub unsafe extern "C" fn ashore_save_staged(save: *mut ashore_save, seconds: f64
     })
 }
 
-/// Waits until a save is durable, or returns its failure. ASHORE_DEADLINE from this call only means that the
-/// save has not ended; it can be waited for again. `committed` may be null.
+/// Waits until a save is durable, or returns its failure. ASHORE_DEADLINE means that the save has not ended
+/// and can be waited for again, or that it failed because it missed its own deadline: then the phase of
+/// `ashore_save_progress` is ASHORE_PHASE_ENDED. `committed` may be null.
 // SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_save_wait(

@@ -16,9 +16,10 @@ use std::ptr;
 
 /// Waits until the step of a save is also durable in the tier of this name; `ashore_save_wait` covers only
 /// the executor's own root. Returns the failure of the save; ASHORE_CANCELLED if the save did not begin, or
-/// the tier does not want the step any more; ASHORE_CONFLICT if another session owns the tier; ASHORE_INVALID
-/// for a tier that the executor of this process does not have. ASHORE_DEADLINE means not yet, and the step
-/// can be waited for again. While a tier is away, the step does not become durable in it.
+/// the tier does not want the step any more; ASHORE_CONFLICT if another session owns the tier;
+/// ASHORE_INVALID for a tier that the executor of this process does not have. ASHORE_DEADLINE means not yet,
+/// and the step can be waited for again; after `ashore_close` it means that the step was not promoted. While
+/// a tier is away, the step does not become durable in it.
 // SAFETY: the name starts with the prefix of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_save_durable_in(save: *mut ashore_save, tier: *const c_char, seconds: f64) -> i32 {
