@@ -2,7 +2,7 @@
 
 use crate::record::{Record, packed, put_packed, record};
 use ashore::catalog::Pruned;
-use ashore::{CheckpointExecutor, ErrorKind, PruneOptions, Result, SaveOptions, StateDict};
+use ashore::{CheckpointExecutor, Error, ErrorKind, PruneOptions, Result, SaveOptions, StateDict};
 use burn::tensor::Bytes;
 use burn::train::checkpoint::{Checkpoint, Checkpointer, CheckpointerError};
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,12 +20,12 @@ const RECORDS: usize = 3;
 /// new `Epochs` for each training. burn calls the checkpointers in separate threads:
 ///
 /// - **Saving.** The call that brings the last of the three records begins the save, and returns when the
-/// step is durable. The training continues meanwhile, until it saves the next epoch. An epoch is not saved if
-/// one of its records cannot be packed. A step that exists is replaced.
+///   step is durable. The training continues meanwhile, until it saves or deletes an epoch. An epoch is not
+///   saved if one of its records cannot be packed. A step that exists is replaced.
 /// - **Deleting.** An epoch that a strategy of burn deletes stays until another step is durable. Steps that
-/// people have marked keep stay.
+///   people have marked keep stay.
 /// - **Failures** end the training, and are in the `error` of its result. When `launch` returns without an
-/// error, the last epoch that was saved is durable.
+///   error, the last epoch that was saved is durable.
 ///
 /// ```
 /// use ashore_burn::{Epochs, ashore::CheckpointExecutor};
@@ -106,7 +106,10 @@ impl Shared {
         }
         let save = self.executor.save_with(step, state, SaveOptions::default().overwrite())?;
         // The save ends at its own deadline, the setting `save_timeout`.
-        save.wait(Duration::MAX)?;
+        if save.wait(Duration::MAX)?.committed().is_none() {
+            let what = "the executor skipped the save of an epoch: give `Epochs` an executor with `Overlap::Queue`";
+            return Err(Error::new(ErrorKind::Cancelled, what).with_step(step));
+        }
         self.delete(None)
     }
 
