@@ -223,10 +223,14 @@ impl Files {
 /// How many shards are searched for the metadata of this library.
 const MARKED: usize = 8;
 
-/// True when this library made the step `name`, however damaged the step is. One of three facts shows this:
-/// the manifest begins as this library's manifests do; the manifest is empty, zeroed or cut, and `name` is a
-/// name that this library gives; or a shard's header has the metadata of a save.
+/// True when this library made the step `name`, however damaged the step is. One of four facts shows this:
+/// the storage has recorded it; the manifest begins as this library's manifests do; the manifest is empty,
+/// zeroed or cut, and `name` is a name that this library gives; or a shard's header has the metadata of a
+/// save.
 fn ours(reading: &dyn Reading, name: &str) -> Result<bool> {
+    if reading.is_recorded() {
+        return Ok(true);
+    }
     let missing = |error: &Error| error.kind() == ErrorKind::NotFound;
     match reading.open(MANIFEST) {
         Err(error) if missing(&error) => {}

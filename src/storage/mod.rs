@@ -380,6 +380,12 @@ pub trait Reading: Send + Sync + Debug {
         None
     }
 
+    /// True when the storage has recorded that this library made the step, whatever is left of its files.
+    /// Default: false, so the files have to show it.
+    fn is_recorded(&self) -> bool {
+        false
+    }
+
     /// The names of all its files, in no order.
     fn list(&self) -> Result<Vec<String>>;
 

@@ -210,7 +210,10 @@ impl Behind {
     /// Handles the `error` of a tier. Where the tier may be gone, as a mount may, it is opened and taken over
     /// anew.
     pub(super) fn away(&self, line: &Line, error: &Error) {
-        if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Unavailable | ErrorKind::Internal) {
+        if matches!(
+            error.kind(),
+            ErrorKind::NotFound | ErrorKind::Unavailable | ErrorKind::Internal | ErrorKind::Indeterminate
+        ) {
             let mut state = lock(&line.state);
             if matches!(state.standing, Standing::Ours(_)) {
                 (state.standing, state.recorded) = (Standing::Away, None);

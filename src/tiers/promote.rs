@@ -12,6 +12,7 @@ use crate::guard::{self, guarded};
 use crate::id::{Attempt, parse_step_name, step_name};
 use crate::own_threads;
 use crate::settings::Priority;
+use crate::storage::Sweep;
 use crate::sync::lock;
 use crate::thread::{adopt, spawn};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -64,8 +65,15 @@ impl Behind {
 fn run(behind: &Arc<Behind>, line: &Arc<Line>, catalog: &Catalog, executor: &Arc<Signal>) {
     own_threads::mark(executor);
     adopt(Priority::Low);
-    let mut promoter =
-        Promoter { behind, line, catalog, there: HashMap::new(), newest: BTreeSet::new(), refused: HashMap::new() };
+    let mut promoter = Promoter {
+        behind,
+        line,
+        catalog,
+        there: HashMap::new(),
+        newest: BTreeSet::new(),
+        refused: HashMap::new(),
+        swept: None,
+    };
     let mut backoff = BACKOFF;
     loop {
         let (saved, mode) = {
@@ -121,6 +129,8 @@ struct Promoter<'a> {
     newest: BTreeSet<u64>,
     /// Attempts that cannot be promoted: they are damaged, or the tier has something else under their names.
     refused: HashMap<Attempt, Error>,
+    /// The generation in which the tier was swept.
+    swept: Option<u64>,
 }
 
 impl Promoter<'_> {
@@ -156,6 +166,7 @@ impl Promoter<'_> {
         self.survey(&ours)?;
         let todo = self.choose(&local, &lacked);
         if todo.is_empty() {
+            self.sweep(&ours);
             // A refused step stays among the steps that the tier lacks, with its error.
             let refused = local.values().rev().find_map(|written| self.refused.get(&written.attempt));
             let mut state = self.line.state();
@@ -172,6 +183,14 @@ impl Promoter<'_> {
             }
         }
         Ok(Looked::Promoted)
+    }
+
+    /// Deletes what dead processes have left in the tier: once after each take-over, when the tier lacks nothing.
+    fn sweep(&mut self, ours: &Ours) {
+        let closing = matches!(self.line.state().mode, Mode::Closing(_));
+        if !closing && self.swept.replace(ours.generation) != Some(ours.generation) {
+            guard::attempt("sweep a tier", || ours.storage.sweep(Sweep::default()).map(drop));
+        }
     }
 
     /// Promotes one step. An error that concerns only this step is reported to its save.

@@ -1,8 +1,9 @@
 //! Whatever a store answers, or does not, what a commit is told is true.
 
-use super::{NAME, URL, begun, faulty, published};
+use super::{LONG, NAME, URL, begun, faulty, published};
 use crate::faulty::{Fault, Faulty};
 use ashore::storage::{ObjectStore, Storage};
+use ashore::testing::AlignedBuffer;
 use ashore::{Attempt, ErrorKind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -260,4 +261,37 @@ fn of_writers_of_one_step_exactly_one_wins_and_each_loser_knows() {
 
 fn publish(writing: &Arc<dyn ashore::storage::Writing>) -> Result<(), ErrorKind> {
     writing.publish(false).map_err(|error| error.kind())
+}
+
+/// The same attempt of the same session has the same prefix: the second put its objects over those of the
+/// step, and its failure deleted them.
+#[test]
+fn an_attempt_that_is_the_step_is_not_begun_again() {
+    let store = faulty();
+    let storage = hasty(&store);
+    let (attempt, writing) = begun(&storage, NAME, false);
+    writing.publish(false).unwrap();
+    writing.settle().unwrap();
+    let error = storage.begin(NAME, attempt, true).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+    assert!(error.message().contains("give another attempt"), "{error}");
+    assert_eq!(published(&store, NAME), Some(attempt));
+}
+
+/// A writer that got an error of a file waited for itself, with the lock of the file: the threads of all later
+/// chunks of the file hung behind it.
+#[test]
+fn an_error_of_a_file_reaches_every_writer_of_it() {
+    let store = faulty();
+    let writing = hasty(&store).begin(NAME, Attempt::new(), false).unwrap();
+    let file = writing.create("shard.safetensors", 8192).unwrap();
+    let (send, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for _ in 0..3 {
+            // From the second on, the bytes are there already.
+            send.send(file.write_at(0, &AlignedBuffer::new(4096)).map_err(|error| error.kind())).unwrap();
+        }
+    });
+    let ended: Vec<_> = (0..3).map(|_| ended.recv_timeout(LONG).expect("a writer hangs")).collect();
+    assert!(ended[0].is_ok() && ended[1].is_err() && ended[2].is_err(), "{ended:?}");
 }

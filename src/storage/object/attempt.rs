@@ -1,6 +1,7 @@
 //! An attempt: objects under a prefix that no other attempt has. One change of the root object makes it a
 //! step.
 
+use super::check_key;
 use super::client::Client;
 use super::file::{Counted, ObjectFile, expired};
 use super::root::{Edit, Root};
@@ -94,8 +95,14 @@ impl ObjectAttempt {
         overwrite: bool,
     ) -> Result<Arc<Self>> {
         name::check_step(step)?;
+        check_key(step)?;
+        let directory = directory(step, generation, attempt);
         let allow = |state: &State| {
             inner.check_owned(state, generation)?;
+            // Its objects would be written over, and deleted if the attempt failed.
+            if state.names(&directory) {
+                return Err(conflict("the attempt is the step already: give another attempt", inner.path(step)));
+            }
             let taken = !overwrite && state.step(step).is_some();
             if taken { Err(conflict("the step exists", inner.path(step))) } else { Ok(()) }
         };
@@ -110,6 +117,7 @@ impl ObjectAttempt {
     /// Opens an attempt that rank 0 has begun.
     pub fn join(inner: &Arc<Inner>, step: &str, attempt: Attempt, generation: u64) -> Result<Arc<Self>> {
         name::check_step(step)?;
+        check_key(step)?;
         Ok(Arc::new(Self::new(inner, step, attempt, generation, None)))
     }
 
@@ -272,8 +280,11 @@ impl Writing for ObjectAttempt {
                 Err(Error::new(ErrorKind::Indeterminate, "an attempt that may be published is left alone")
                     .with_path(self.path()))
             }
-            // Never delete objects of a step, whatever result its publish had.
-            Phase::Failed if self.root().read()?.is_some_and(|root| root.names(&self.directory())) => {
+            // Never delete objects of a step, whatever result its publish had, or that of an earlier publish of
+            // the same attempt.
+            Phase::Open | Phase::Failed
+                if self.leads.is_some() && self.root().read()?.is_some_and(|root| root.names(&self.directory())) =>
+            {
                 *phase = Phase::Unclear;
                 self.inner.live.forget(self.attempt);
                 Err(Error::new(ErrorKind::Indeterminate, "an attempt that the root names is left alone")

@@ -136,7 +136,9 @@ impl ObjectFile {
     }
 
     fn add(&self, offset: u64, bytes: Bytes) -> Result<()> {
-        let ready = self.lost_by(lock(&self.parts).add(offset, &bytes))?;
+        // In a statement of its own, because `lost_by` locks the parts, too.
+        let added = lock(&self.parts).add(offset, &bytes);
+        let ready = self.lost_by(added)?;
         // From here on only the parts hold bytes of the slab.
         drop(bytes);
         for Ready { index, payload } in ready {

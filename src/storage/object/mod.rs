@@ -180,8 +180,6 @@ fn check_key(name: &str) -> Result<()> {
 
 impl Storage for ObjectStore {
     fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
-        check_step(name)?;
-        check_key(name)?;
         let generation = self.0.session()?;
         Ok(ObjectAttempt::begin(&self.0, name, attempt, generation, overwrite)?)
     }

@@ -244,7 +244,8 @@ impl Root {
                     std::thread::sleep(super::client::varied(FIRST_PAUSE));
                     return Ok(false);
                 }
-                (Judged::Lost { known: false }, _) => return Err(self.passed_by(&answered)),
+                (Judged::Lost { known: false }, None) => return Err(self.vanished().with_source(answered.error)),
+                (Judged::Lost { known: false }, Some(_)) => return Err(self.passed_by(&answered)),
                 (Judged::Unchanged, _) if answered.certain && !doubtful => return Err(answered.error),
                 (Judged::Unchanged, _) => {}
             }
@@ -304,6 +305,12 @@ impl Root {
             std::thread::sleep(super::client::varied(pause));
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
+    }
+
+    /// The error for a root object that this process has changed before and that is missing.
+    pub fn vanished(&self) -> Error {
+        let why = "the root object is gone: was the bucket emptied? Build a new executor to begin a new root";
+        Error::new(ErrorKind::Conflict, why).with_path(self.path())
     }
 
     fn passed_by(&self, answered: &Answered) -> Error {

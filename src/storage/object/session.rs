@@ -132,8 +132,7 @@ impl Inner {
 
     /// The error for a root object that this process has changed before and that is missing.
     pub fn vanished(&self) -> Error {
-        let why = "the root object is gone: was the bucket emptied? Build a new executor to begin a new root";
-        Error::new(ErrorKind::Conflict, why).with_path(self.path(super::root::ROOT))
+        self.root.vanished()
     }
 
     /// The path of `name`, for messages.

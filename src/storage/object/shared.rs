@@ -40,16 +40,20 @@ impl ObjectShared {
         Ok(format!("{RANKS}/{generation}/{name}"))
     }
 
-    fn record(&self, generation: u64) -> Option<SessionRecord> {
+    /// The record of a session. None if there is none, or if it cannot be parsed.
+    ///
+    /// # Errors
+    /// Why the store does not tell.
+    fn record(&self, generation: u64) -> Result<Option<SessionRecord>> {
         let mut read = lock(&self.read);
         if let Some((known, record)) = &*read
             && *known == generation
         {
-            return Some(record.clone());
+            return Ok(Some(record.clone()));
         }
-        let bytes = self.note(generation, RECORD, MAX_RECORD).ok().flatten()?;
-        let record: SessionRecord = serde_json::from_slice(&bytes).ok()?;
-        Some(read.insert((generation, record)).1.clone())
+        let bytes = self.note(generation, RECORD, MAX_RECORD)?;
+        let record = bytes.and_then(|bytes| serde_json::from_slice::<SessionRecord>(&bytes).ok());
+        Ok(record.map(|record| read.insert((generation, record)).1.clone()))
     }
 }
 
@@ -74,7 +78,7 @@ impl Shared for ObjectShared {
                 (root.session.id, root.session.run.clone(), &root.session.host, root.session.pid);
             SessionRecord { session, token, host: host.clone(), pid, nonces: Vec::new() }
         };
-        Ok(Some((root.generation, Some(self.record(root.generation).unwrap_or_else(of_root)))))
+        Ok(Some((root.generation, Some(self.record(root.generation)?.unwrap_or_else(of_root)))))
     }
 
     /// Deletes the notes of older sessions. The change of the root has already made it impossible to publish

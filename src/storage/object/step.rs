@@ -92,6 +92,10 @@ impl Reading for ObjectStep {
         Some(identity(self.entry.attempt))
     }
 
+    fn is_recorded(&self) -> bool {
+        self.entry.manifest.is_some()
+    }
+
     fn list(&self) -> Result<Vec<String>> {
         let (client, directory) = (&self.inner.client, self.entry.directory());
         let prefix = client.key(&directory);

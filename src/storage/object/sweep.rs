@@ -16,6 +16,7 @@ use object_store::ObjectMeta;
 use object_store::path::Path as Key;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// The part of an attempt's prefix that holds the records of its uploads.
 pub(super) const UPLOADS: &str = "uploads";
@@ -29,8 +30,14 @@ pub(super) fn delete(client: &Client, directory: &str) -> Result<()> {
     let found = client.list("list the objects of an attempt", directory, client.deadline())?;
     let prefix = client.key(directory);
     let records: Vec<_> = found.iter().filter_map(|object| record(&prefix, object)).collect();
+    // One deadline for all of them: other saves wait for a failed save to be cleaned up.
+    let deadline = client.deadline();
     for (file, record) in records {
-        abort(client, directory, &file, &record);
+        if Instant::now() >= deadline {
+            tracing::debug!(directory, "uploads are left to the bucket's rules: there was no time to abort them");
+            break;
+        }
+        abort(client, directory, &file, &record, deadline);
     }
     let is_manifest = |object: &ObjectMeta| object.location.filename() == Some(MANIFEST);
     let (manifests, others): (Vec<_>, Vec<_>) = found.into_iter().partition(is_manifest);
@@ -53,14 +60,14 @@ fn record(prefix: &Key, object: &ObjectMeta) -> Option<(String, String)> {
 
 /// Aborts the upload of a file. Best effort: an upload that stays is not an object, and a rule of the bucket
 /// deletes it.
-fn abort(client: &Client, directory: &str, file: &str, record: &str) {
-    let aborted =
-        client.get("read the record of an upload", &format!("{directory}/{record}"), MAX_RECORD, client.deadline());
+fn abort(client: &Client, directory: &str, file: &str, record: &str, deadline: Instant) {
+    let record = format!("{directory}/{record}");
+    let aborted = client.get("read the record of an upload", &record, MAX_RECORD, deadline);
     let aborted = aborted.and_then(|found| {
         let Some(id) = found else { return Ok(()) };
         let Ok(id) = String::from_utf8(id.0.to_vec()) else { return Ok(()) };
         let key = format!("{directory}/{file}");
-        client.call("abort an upload", &key, client.deadline(), move |store, key: Key| {
+        client.call("abort an upload", &key, deadline, move |store, key: Key| {
             let id = id.clone();
             async move {
                 match store.abort_multipart(&key, &id).await {
