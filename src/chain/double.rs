@@ -61,7 +61,11 @@ impl Double {
                 back.apply(&delta, after)?;
                 Ok(back)
             }
-            _ => Ok(self.front.copied()),
+            (back, _) => {
+                // First, because there is memory for two copies.
+                drop(back);
+                Ok(self.front.copied())
+            }
         }
     }
 

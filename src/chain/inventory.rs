@@ -112,7 +112,7 @@ impl Inventory {
     /// `Invalid`, naming the tensor, when the delta changes a tensor that is missing here, or that has
     /// another dtype, another shape or other bytes.
     pub fn after(&self, manifest: &delta::Manifest) -> Result<Self> {
-        let mut tensors = self.tensors.clone();
+        let mut results = vec![None; self.tensors.len()];
         for entry in &manifest.tensors {
             let refuse = |what: &str| {
                 let error = format!("{what} tensor={:?} base_version={}", entry.name, manifest.base.version);
@@ -130,9 +130,12 @@ impl Inventory {
             if old.digest != entry.base && !super::blind() {
                 return refuse("a delta was made for other bytes of a tensor");
             }
-            for tensor in tensors.iter_mut().filter(|tensor| tensor.holder == number) {
-                tensor.digest = entry.result;
-            }
+            results[number] = Some(entry.result);
+        }
+        // In one pass, because any number of tensors may be aliases.
+        let mut tensors = self.tensors.clone();
+        for tensor in &mut tensors {
+            tensor.digest = results[tensor.holder].unwrap_or(tensor.digest);
         }
         Ok(Self { tensors })
     }

@@ -122,8 +122,9 @@ impl Chain {
     }
 }
 
-/// The identity of a directory, and the version that was read from it.
-type Known = (Option<(u64, u64)>, Option<Item>);
+/// A directory, and the version that was read from it. It stays open, because another directory could get the
+/// identity of one that is closed.
+type Known = (Arc<dyn Reading>, Option<Item>);
 
 /// The versions that were read from directories. A directory never changes under its name while its identity
 /// stays.
@@ -236,7 +237,7 @@ fn look(storage: &Arc<dyn Storage>, name: &str, cache: &mut Cache) -> Result<Opt
     let identity = reading.identity();
     if let Some((known, item)) = cache.0.get(name)
         && identity.is_some()
-        && *known == identity
+        && known.identity() == identity
     {
         return Ok(item.clone());
     }
@@ -251,7 +252,9 @@ fn look(storage: &Arc<dyn Storage>, name: &str, cache: &mut Cache) -> Result<Opt
         item => item?,
     };
     let item = item.filter(|item| parse_version_name(name).is_some_and(|(number, _)| number == item.number));
-    cache.0.insert(name.into(), (identity, item.clone()));
+    if identity.is_some() {
+        cache.0.insert(name.into(), (reading, item.clone()));
+    }
     Ok(item)
 }
 

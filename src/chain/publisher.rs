@@ -109,7 +109,12 @@ impl Publisher {
             || Error::invalid("no number is left for another version").with_path(self.shared.storage.describe(""));
         let version = last.checked_add(1).ok_or_else(full)?;
         let (attempt, slot) = (Attempt::new(), Arc::new(OnceLock::new()));
-        lock(&self.shared.slots).insert(attempt, slot.clone());
+        {
+            let mut slots = lock(&self.shared.slots);
+            // Those of saves that never began.
+            slots.retain(|_, slot| slot.strong_count() > 0);
+            slots.insert(attempt, Arc::downgrade(&slot));
+        }
         let mut options = SaveOptions::default().attempt(attempt).name(version_name(version, false));
         if elsewhere {
             options.storage = Some(Arc::new(VersionStorage { shared: self.shared.clone(), brought: true }));

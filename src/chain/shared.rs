@@ -11,7 +11,7 @@ use crate::mutant::{self, Mutant};
 use crate::storage::{Memory, Storage, Writing};
 use crate::sync::{Mutex, lock};
 use std::collections::HashMap;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 /// What the threads of a publisher share.
@@ -24,7 +24,7 @@ pub(super) struct Shared {
     /// Held during a commit: versions are committed one at a time.
     turn: Mutex<()>,
     /// Receivers of the results of saves under way.
-    pub slots: Mutex<HashMap<Attempt, Arc<OnceLock<Published>>>>,
+    pub slots: Mutex<HashMap<Attempt, Weak<OnceLock<Published>>>>,
 }
 
 /// The durable versions, and the version in memory.
@@ -163,11 +163,8 @@ impl Shared {
     /// # Errors
     /// Errors of the storage.
     pub fn prune(&self) -> Result<Vec<String>> {
-        let (newest, full) = {
-            let state = lock(&self.state);
-            (state.newest, state.full)
-        };
-        super::retention::prune(&self.storage, newest, full, self.settings.grace)
+        let full = lock(&self.state).full;
+        super::retention::prune(&self.storage, full, self.settings.grace)
     }
 }
 

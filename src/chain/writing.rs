@@ -109,7 +109,7 @@ impl Writing for VersionWriting {
     fn publish(&self, _: bool) -> Result<()> {
         self.staged.publish(true)?;
         let (writing, published) = self.shared.commit(&self.name, self.number)?;
-        if let Some(slot) = lock(&self.shared.slots).remove(&self.attempt) {
+        if let Some(slot) = lock(&self.shared.slots).remove(&self.attempt).and_then(|slot| slot.upgrade()) {
             let _ = slot.set(published);
         }
         *lock(&self.published) = Some(writing);
