@@ -4,6 +4,7 @@ use crate::collect::Memory;
 use crate::errors::{self, IntoPy, closed, entry, invalid};
 use crate::handle::Handle;
 use crate::lent::{self, Held, Lent, Targets};
+use crate::reading::Reading;
 use crate::sources::{self, Devices, Item};
 use crate::tree::{Leaves, Tensor};
 use crate::waiting::{SLICE, interruptible, seconds};
@@ -44,7 +45,7 @@ impl Publisher {
         py: Python<'_>,
         state: &Bound<'_, PyAny>,
         beside: &Bound<'_, PyDict>,
-    ) -> PyResult<(StateDict<'static>, Devices)> {
+    ) -> PyResult<(StateDict<'static>, Devices, Reading)> {
         let leaves = Leaves::of(state)?;
         let mut dict = StateDict::with_capacity(leaves.tensors.len());
         for (name, value) in &leaves.values {
@@ -61,9 +62,9 @@ impl Publisher {
         let items = leaves.tensors.into_iter().map(item).collect();
         // The memory is taken out of the lock, because collecting runs Python code.
         let mut seen = std::mem::take(&mut *self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner));
-        let (devices, _) = sources::add(py, &mut dict, items, &mut seen, None, None, false)?;
+        let (devices, reading) = sources::add(py, &mut dict, items, &mut seen, None, None, false)?;
         *self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner) = seen;
-        Ok((dict, devices))
+        Ok((dict, devices, reading))
     }
 }
 
@@ -108,7 +109,7 @@ impl Publisher {
     fn publish(&self, py: Python<'_>, state: &Bound<'_, PyAny>, beside: &Bound<'_, PyDict>) -> PyResult<Handle> {
         entry(py, || {
             let publisher = self.open(py)?;
-            let (dict, _) = self.collect(py, state, beside)?;
+            let (dict, ..) = self.collect(py, state, beside)?;
             py.detach(move || publisher.publish(dict)).or_raise(py).map(Handle::of_publish)
         })
     }
@@ -301,6 +302,7 @@ impl Follow {
     ) -> PyResult<Self> {
         entry(py, || {
             let targets = targets.map(|targets| Targets::new(targets, strict)).transpose()?;
+            let writes_targets = targets.is_some();
             let poll = seconds(py, poll)?;
             let start = move || {
                 let mut follower = Engine::open(&root)?.poll_every(poll).confirm(confirm);
@@ -310,7 +312,9 @@ impl Follow {
                 }
                 Held::start(follower, targets)
             };
-            let mut held = interruptible(py, start)?.or_raise(py)?;
+            // A start that a signal interrupts would go on, and write the memory of the program.
+            let held = if writes_targets { py.detach(start) } else { interruptible(py, start)? };
+            let mut held = held.or_raise(py)?;
             let reader = held.engine().reader();
             let version = AtomicU64::new(held.engine().version().unwrap_or(0));
             let place = Place { held: Mutex::new(Some(Box::new(held))), version, ..Place::default() };

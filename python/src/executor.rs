@@ -258,9 +258,10 @@ impl Executor {
     ) -> PyResult<Handle> {
         entry(py, || {
             let (engine, open) = (self.engine(py)?, publisher.open(py)?);
-            let (dict, devices) = publisher.collect(py, state, beside)?;
+            let (dict, devices, reading) = publisher.collect(py, state, beside)?;
             let publish = py.detach(|| engine.publish_delta(&open, dict)).or_raise(py)?;
             self.remember(py, devices);
+            self.reads(py, publish.save(), reading);
             Ok(Handle::of_publish(publish))
         })
     }
@@ -275,7 +276,7 @@ impl Executor {
                 // This call returns at once, and marks the saves as fenced.
                 return py.detach(|| engine.fence()).or_raise(py);
             }
-            let resized = self.resized(py)?;
+            let resized = self.resized(py);
             let streams = match streams {
                 Some(streams) => streams.into_iter().map(|(ordinal, handle)| sources::given(ordinal, handle)).collect(),
                 None => {
@@ -422,23 +423,28 @@ impl Executor {
         call.reached.set(true);
         let save = py.detach(|| engine.save_with(step, dict, options)).or_raise(py)?;
         self.remember(py, devices);
-        let mut seen = self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
-        seen.reading.retain(|(_, reading)| !reading.is_over());
-        seen.reading.push((save.clone(), reading));
-        drop(seen);
+        self.reads(py, &save, reading);
         Ok(Handle::new(save))
     }
 
+    /// Notes the memory that the engine reads for a save, until the next fence.
+    fn reads(&self, py: Python<'_>, save: &Save, reading: Reading) {
+        let mut seen = self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
+        seen.reading.retain(|(_, reading)| !reading.is_over());
+        seen.reading.push((save.clone(), reading));
+    }
+
     /// Cancels saves of which a storage was resized while the engine reads it. Returns the first error.
-    fn resized(&self, py: Python<'_>) -> PyResult<Option<PyErr>> {
+    fn resized(&self, py: Python<'_>) -> Option<PyErr> {
         // The saves are taken out of the lock, because the check runs Python code. A fence ends all of them.
         let reading =
             std::mem::take(&mut self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).reading);
         let mut first = None;
         for (save, reading) in reading {
-            first = first.or(reading.check(py, &save)?);
+            let error = reading.check(py, &save);
+            first = first.or(error);
         }
-        Ok(first)
+        first
     }
 
     /// Remembers the devices of a save that the engine took. Before that, a fence would be refused, because

@@ -37,18 +37,15 @@ impl Reading {
     }
 
     /// Cancels the save if a storage was resized while the engine reads it, and returns the error to raise.
-    pub fn check(&self, py: Python<'_>, save: &Save) -> PyResult<Option<PyErr>> {
-        let Some(owners) = self.owners.upgrade() else { return Ok(None) };
-        for extent in &self.tensors {
-            if !holds(owners.bind(py), extent)? {
-                let name = self.names.get(extent.number).map_or("", String::as_str);
-                let step = save.step();
-                let fate = if save.cancel() { "the save was cancelled" } else { "the step may have wrong bytes" };
-                let why = format!("the storage of a tensor was resized between save and fence: {fate} step={step}");
-                return Ok(Some(invalid(py, &why, Some(name))));
-            }
-        }
-        Ok(None)
+    pub fn check(&self, py: Python<'_>, save: &Save) -> Option<PyErr> {
+        let owners = self.owners.upgrade()?;
+        // A storage that does not say where its memory is has lost that memory, too.
+        let lost = |extent: &&Extent| !holds(owners.bind(py), extent).unwrap_or(false);
+        let extent = self.tensors.iter().find(lost)?;
+        let (name, step) = (self.names.get(extent.number).map_or("", String::as_str), save.step());
+        let fate = if save.cancel() { "the save was cancelled" } else { "the step may have wrong bytes" };
+        let why = format!("the storage of a tensor was resized between save and fence: {fate} step={step}");
+        Some(invalid(py, &why, Some(name)))
     }
 }
 

@@ -97,8 +97,7 @@ pub fn add<'py>(
             devices.insert(place, (promised(stream), way));
         }
         streams.push(place.and_then(|place| devices.get(&place)).map(|(stream, _)| *stream));
-        // A tensor that is captured in the call may be resized after it.
-        if way.says_stream() && memory.elements() > 0 && item.capture != Some(Capture::AtSave) {
+        if way.says_stream() && memory.elements() > 0 {
             let (begin, end) = memory.extent();
             tensors.push(Extent { number, owner: owners.len(), begin, end });
         }
@@ -107,6 +106,9 @@ pub fn add<'py>(
     }
     let keep: Owners = Arc::new(PyList::new(py, owners)?.unbind());
     let holders = holders(&mut items, &memories);
+    // A tensor that is captured in the call may be resized after it. Aliases have told their holders.
+    let captured = |number: usize| items.get(number).is_some_and(|item| item.capture == Some(Capture::AtSave));
+    tensors.retain(|tensor: &Extent| !captured(holders.get(tensor.number).copied().flatten().unwrap_or(tensor.number)));
     for (((item, memory), stream), holder) in items.iter().zip(&memories).zip(streams).zip(holders) {
         if let Some(holder) = holder.and_then(|holder| items.get(holder)) {
             state.alias(item.name.clone(), &holder.name).or_raise(py)?;
