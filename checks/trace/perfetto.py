@@ -136,14 +136,13 @@ def check(ui, trace, *, whole=True, device=False):
 
 
 def demo(ashore, folder, name, device, steps, library=None):
-    """Starts a training that is traced; on the simulated driver a small one, with several chunks a save."""
+    """Starts a small training that is traced, with several chunks a save."""
     trace = folder / f"{name}.json"
     environment = os.environ | {"ASHORE_TRACE": str(trace)}
     if library:
         environment["LD_LIBRARY_PATH"] = str(library)
     command = [ashore, "demo", "--dir", folder / name, "--device", device, "--steps", str(steps)]
-    if library:
-        command += ["--model", "tiny", "--arena", "64KiB"]
+    command += ["--model", "tiny", "--arena", "64KiB"]
     return trace, subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
 
