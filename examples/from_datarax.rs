@@ -1,5 +1,4 @@
-//! Coming from Datarax: its handler saves a pipeline with a PRNG key and a name by step, and restores it into
-//! an object.
+//! Coming from Datarax: its handler saves a pipeline with a PRNG key and a name, and restores it by step.
 
 use ashore::compat::datarax::{Checkpointable, OrbaxCheckpointHandler, PrngKey, SaveArgs, State};
 

@@ -1,5 +1,4 @@
-//! A graph runner that is killed and resumes from its active set. The program starts itself as a child and
-//! kills the child.
+//! A graph runner that is killed and resumes from its active set. The program kills a child of its own.
 
 use ashore::compat::graph::{ActiveSnapshot, Checkpointer, Directory};
 use serde::{Deserialize, Serialize};

@@ -186,8 +186,8 @@ impl Save {
     /// # Errors
     /// The error of the save. `Deadline` when the save has not ended after `timeout`; it goes on, and can be
     /// waited for again. A save that missed its own deadline has failed with `Deadline`, too:
-    /// [`Save::try_get`] is None only for a save that has not ended. `Invalid`, at once, in a function given to [`Save::on_done`] or in a waker, when the
-    /// save has not ended.
+    /// [`Save::try_get`] is None only for a save that has not ended. `Invalid`, at once, in a function given
+    /// to [`Save::on_done`] or in a waker, when the save has not ended.
     pub fn wait(&self, timeout: Duration) -> Result<Outcome> {
         self.ticket.alive()?;
         if !self.ticket.done.is_complete() {

@@ -163,8 +163,8 @@ impl Builder {
         run_log: bool,
         /// Sets whether unchanged files of older steps are shared. Default: true. See [`Settings::links`].
         links: bool,
-        /// Sets the number of saves after which a shared file is written again, if `link_age` has passed, too.
-        /// Default: 16.
+        /// Sets the number of saves after which a shared file is written again, if `link_age` has passed,
+        /// too. Default: 16.
         link_saves: u32,
         /// Sets the time after which a shared file is written again. Default: a day.
         link_age: Duration,

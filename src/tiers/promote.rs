@@ -185,7 +185,8 @@ impl Promoter<'_> {
         Ok(Looked::Promoted)
     }
 
-    /// Deletes what dead processes have left in the tier: once after each take-over, when the tier lacks nothing.
+    /// Deletes what dead processes have left in the tier: once after each take-over, when the tier lacks
+    /// nothing.
     fn sweep(&mut self, ours: &Ours) {
         let closing = matches!(self.line.state().mode, Mode::Closing(_));
         if !closing && self.swept.replace(ours.generation) != Some(ours.generation) {

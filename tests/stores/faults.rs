@@ -278,8 +278,8 @@ fn an_attempt_that_is_the_step_is_not_begun_again() {
     assert_eq!(published(&store, NAME), Some(attempt));
 }
 
-/// A writer that got an error of a file waited for itself, with the lock of the file: the threads of all later
-/// chunks of the file hung behind it.
+/// A writer that got an error of a file waited for itself, with the lock of the file: the threads of all
+/// later chunks of the file hung behind it.
 #[test]
 fn an_error_of_a_file_reaches_every_writer_of_it() {
     let store = faulty();

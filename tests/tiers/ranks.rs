@@ -166,7 +166,8 @@ fn a_tier_that_is_away_for_rank_0_is_read_by_no_rank_until_rank_0_has_taken_it_o
     });
     std::fs::remove_dir_all(open(root.path(), 1).path()).unwrap();
     std::fs::rename(&tier, &away).unwrap();
-    std::fs::write(&tier, "no directory").unwrap();
+    // As a mount that is missing.
+    std::os::unix::fs::symlink(folder.path().join("nowhere"), &tier).unwrap();
     let all = Barrier::new(2);
     together(2, |member| {
         let running = builder(root.path(), member).tier(shared(&tier)).build().unwrap();

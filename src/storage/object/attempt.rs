@@ -280,8 +280,8 @@ impl Writing for ObjectAttempt {
                 Err(Error::new(ErrorKind::Indeterminate, "an attempt that may be published is left alone")
                     .with_path(self.path()))
             }
-            // Never delete objects of a step, whatever result its publish had, or that of an earlier publish of
-            // the same attempt.
+            // Never delete objects of a step, whatever result its publish had, or that of an earlier publish
+            // of the same attempt.
             Phase::Open | Phase::Failed
                 if self.leads.is_some() && self.root().read()?.is_some_and(|root| root.names(&self.directory())) =>
             {
