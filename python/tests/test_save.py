@@ -359,7 +359,7 @@ def test_a_storage_that_was_resized_before_the_fence_cancels_the_save(root):
 
 
 def test_a_tensor_that_was_captured_in_the_call_may_be_resized(root):
-    big, small = torch.ones(64 << 20), torch.ones(1 << 14)
+    big, small = torch.ones(64 << 20), torch.ones(1 << 8)
     with ashore.CheckpointExecutor(root, **SMALL) as executor:
         executor.save(1, {"big": big, "small": small}, capture={"small": "save"})
         small.untyped_storage().resize_(1 << 20)
