@@ -269,7 +269,9 @@ fn a_rank_that_never_comes_is_named(rank: &Rank) {
         return;
     }
     let error = rank.try_meet(&*ranks, start + Duration::from_millis(700)).unwrap_err();
-    rank.assert_missing(&error, rank.last());
+    // Rank 0 may have begun earlier, and may have given up and left by now.
+    let of_rank_0 = rank.member.rank != 0 && error.ranks() == [0];
+    rank.assert_missing(&error, if of_rank_0 { 0 } else { rank.last() });
     assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
 }
 
