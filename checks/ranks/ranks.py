@@ -47,8 +47,11 @@ def outputs(processes, patience=300):
 def suite(program, arguments):
     token = f"suite-{uuid.uuid4()}"
     processes = [start(program, ["suite", *arguments], rank, token) for rank in range(WORLD)]
-    for rank, (code, output) in enumerate(outputs(processes)):
-        check(code == 0 and f"all behaviours rank={rank}" in output, f"rank {rank} failed:\n{output}")
+    ended = [(code == 0 and f"all behaviours rank={rank}" in output, rank, output)
+             for rank, (code, output) in enumerate(outputs(processes))]  # fmt: skip
+    # All of them, because one that fails leaves the others without a rank.
+    failed = "\n".join(f"rank {rank} failed:\n{output}" for passed, rank, output in ended if not passed)
+    check(not failed, failed)
 
 
 def kill(program, arguments, victim, noticed_ms):
