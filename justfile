@@ -462,10 +462,10 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # Runs what `.ci/run` runs after the tests: no check may be left out.
-ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples pages trace book capi stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill kill-moments abuse jumps soak ranks stores mounts power package")
+ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples pages trace book capi stock python candle cognis cudarc-check miri loom fuzz:60 kill kill-moments abuse jumps soak ranks stores mounts power package")
 
 # Runs the checks that take too long for every change.
-nightly: (timed "ci python-all burn adapters-lint tsan model msrv features simulate capi-install kill-moments:10000 abuse:3600 jumps:600 soak:100000 power:10000 power-controls")
+nightly: (timed "ci mutants python-all burn adapters-lint tsan model msrv features simulate capi-install kill-moments:10000 abuse:3600 jumps:600 soak:100000 power:10000 power-controls")
     just fuzz 3600
     just rank-kills
     ASHORE_STORE_ROUNDS=1000 just stores 120
