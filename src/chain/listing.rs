@@ -122,6 +122,10 @@ impl Chain {
     }
 }
 
+/// The most directories that a cache holds open. A process often may have 1,024 files open. Further versions
+/// are read again in each listing.
+const OPEN_MAX: usize = 256;
+
 /// A directory, and the version that was read from it. It stays open, because another directory could get the
 /// identity of one that is closed.
 type Known = (Arc<dyn Reading>, Option<Item>);
@@ -252,7 +256,7 @@ fn look(storage: &Arc<dyn Storage>, name: &str, cache: &mut Cache) -> Result<Opt
         item => item?,
     };
     let item = item.filter(|item| parse_version_name(name).is_some_and(|(number, _)| number == item.number));
-    if identity.is_some() {
+    if identity.is_some() && cache.0.len() < OPEN_MAX {
         cache.0.insert(name.into(), (reading, item.clone()));
     }
     Ok(item)
